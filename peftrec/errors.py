@@ -1,0 +1,45 @@
+"""The exceptions that peftrec raises on purpose, all under one root.
+
+    PeftrecError
+    ├── ConfigError      the recipe: unknown keys, wrong types, values that cannot work together
+    ├── DataError        the user's tables: missing columns, values out of range, nothing left to learn from
+    ├── AssetError       things fetched: not found, download failed, wrong hash
+    ├── ModelError       the base model, its tokenizer or an adapter: cannot be loaded or does not fit
+    └── MissingExtra     an optional dependency that is not installed
+
+Each message is one line that reads *where: what was found; what was expected; what to do*. The command line prints
+it without a traceback and exits with 2.
+"""
+
+from __future__ import annotations
+
+
+class PeftrecError(Exception):
+    """Root of every error that is the caller's to mend."""
+
+
+class ConfigError(PeftrecError):
+    """A recipe that cannot be run. `problems` holds one line for each mistake; the message joins them."""
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class DataError(PeftrecError):
+    """A table that cannot be used as it is."""
+
+
+class AssetError(PeftrecError):
+    """A file that could not be found, fetched or trusted."""
+
+
+class ModelError(PeftrecError):
+    """A base model, tokenizer or adapter that cannot be used as asked."""
+
+
+class MissingExtra(PeftrecError):
+    """An optional dependency is absent; the message is the install command."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature}: needs an optional dependency; install it with: pip install 'peftrec[{extra}]'")

@@ -1,0 +1,172 @@
+"""Text: an event becomes one line, and a line becomes token ids.
+
+A timeline reads
+
+    <bos>{header}
+    {item text}: yes
+    {item text}: no
+    {item text}:            <- read position: the last token before the answer
+
+Every item is tokenized once, whatever the number of events, and events are put together from those pieces. That
+equals tokenizing the whole text at once because each piece begins after a line break and each answer after a colon;
+`Codec` checks it when it is made, and refuses a tokenizer for which it is not so.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peftrec.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+LINE_END = "\n"
+ANSWER_MARK = ":"
+
+
+def item_texts(items: pl.DataFrame, template: str) -> list[str]:
+    """Text of each item by `template`, whose placeholders are columns of `items`.
+
+    White space is folded to single blanks, because a line break ends an event.
+
+    Raises:
+        DataError: a placeholder names no column, or an item's text comes out empty.
+    """
+    fields = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    for name in fields:
+        if name not in items.columns:
+            near = get_close_matches(name, items.columns, n=1)
+            hint = f"did you mean {{{near[0]}}}?" if near else f"use one of {', '.join(items.columns)}"
+            raise DataError(f"prompt.item: no column '{name}' in the items table ({', '.join(items.columns)}); {hint}")
+    columns = {name: items[name].to_list() for name in fields}
+    texts = [
+        " ".join(template.format(**{name: _plain(columns[name][i]) for name in fields}).split())
+        for i in range(items.height)
+    ]
+    for i, text in enumerate(texts):
+        if not text:
+            raise DataError(
+                f"items table: item {items['item_id'][i]!r} has no text under prompt.item {template!r}; "
+                "give it one or drop the item"
+            )
+    return texts
+
+
+def _plain(value: Any) -> str:
+    """A table's value as a person would write it: nothing for null, no `.0` behind a year, lists with commas."""
+    if value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Ragged token ids: piece `i` is `flat[start[i]:start[i + 1]]`."""
+
+    flat: np.ndarray
+    start: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each piece, (number of pieces,)."""
+        return np.diff(self.start)
+
+    @classmethod
+    def of(cls, ids: Sequence[Sequence[int]]) -> Pieces:
+        """Lay lists of token ids end to end."""
+        start = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum([len(piece) for piece in ids], out=start[1:])
+        flat = np.fromiter((token for piece in ids for token in piece), dtype=np.int32, count=int(start[-1]))
+        return cls(flat, start)
+
+
+class Codec:
+    """A prompt as token ids: header, line end, one token for each answer, and the items' pieces on demand.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        header: text before the first event; a line end is added if it has none.
+        answers: answer texts by class, each of which must be one token after the colon.
+
+    Raises:
+        ModelError: an answer is not one token, or the tokenizer merges across line ends.
+    """
+
+    def __init__(self, tokenizer: Any, header: str, answers: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+        self.header_text = header if not header or header.endswith(LINE_END) else header + LINE_END
+        self.header: list[int] = bos + self._plain_ids(self.header_text)
+        self._after_line = self._plain_ids(LINE_END)
+        self._after_mark = self._plain_ids(ANSWER_MARK)
+        self.line_end: list[int] = self._after("a" + ANSWER_MARK + answers[0], [LINE_END])[0]
+        self.answers: list[int] = [self._answer_id(answer) for answer in answers]
+        if len(set(self.answers)) != len(self.answers):
+            raise ModelError(f"prompt.answers: {list(answers)} share a token in this tokenizer; choose distinct words")
+        self._check(answers)
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _after(self, before: str, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text where it stands behind `before`.
+
+        Tokenizers that mark word starts (SentencePiece) would put a blank in front of a text that stands alone.
+        """
+        prefix = self._plain_ids(before)
+        whole = self.tokenizer([before + text for text in texts], add_special_tokens=False)["input_ids"]
+        for text, ids in zip(texts, whole, strict=True):
+            if list(ids[: len(prefix)]) != prefix:
+                raise ModelError(
+                    f"tokenizer: {before + text!r} does not begin with the tokens of {before!r}; an event's tokens "
+                    "would depend on its neighbour; use another prompt or base model"
+                )
+        return [list(ids[len(prefix) :]) for ids in whole]
+
+    def _answer_id(self, answer: str) -> int:
+        (ids,) = self._after("a" + ANSWER_MARK, [answer])
+        if len(ids) != 1:
+            raise ModelError(
+                f"prompt.answers: {answer!r} is {len(ids)} tokens after '{ANSWER_MARK}' in this tokenizer; one was "
+                "expected; choose a shorter word (most often with a blank in front)"
+            )
+        return int(ids[0])
+
+    def _check(self, answers: Sequence[str]) -> None:
+        """Two lines in one text must be the same tokens as the two lines put together from pieces."""
+        first, second = self.questions(["Heat (1995)", "What's Up, Doc?"], max_tokens=64)
+        built = [*first, self.answers[0], *self.line_end, *second, self.answers[-1], *self.line_end]
+        text = f"Heat (1995):{answers[0]}{LINE_END}What's Up, Doc?:{answers[-1]}{LINE_END}"
+        (whole,) = self._after(LINE_END, [text])
+        if built != whole:
+            raise ModelError(
+                "tokenizer: lines tokenized one by one differ from the same lines in one text; "
+                "use layout: pointwise with a template, or another base model"
+            )
+
+    def questions(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        """Token ids of `{text}:` for each text, the text cut so that none is longer than `max_tokens`."""
+        ids = self._after(LINE_END, [text + ANSWER_MARK for text in texts])
+        mark = self._after_mark
+        return [piece if len(piece) <= max_tokens else [*piece[: max_tokens - len(mark)], *mark] for piece in ids]
+
+    def tail(self, answer: int) -> list[int]:
+        """What follows a read position once the answer is known: the answer token and the line end."""
+        return [self.answers[answer], *self.line_end]
+
+    def prompt(self, text: str, max_tokens: int) -> list[int]:
+        """A ready-made prompt as token ids, its *beginning* cut where it is too long: the question stands last."""
+        bos = [] if self.tokenizer.bos_token_id is None else [int(self.tokenizer.bos_token_id)]
+        ids = self._plain_ids(text)
+        return bos + ids[max(0, len(ids) + len(bos) - max_tokens) :]

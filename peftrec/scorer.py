@@ -1,0 +1,189 @@
+"""Base model + adapter + answer rows -> scores at read positions: one code path for training, evaluation and serving.
+
+The base model's output matrix is replaced by its few answer rows (`AnswerHead`), so the full vocabulary is never
+multiplied, yet the model's own forward (soft-capping, scaling, PEFT, DDP and FSDP wrappers) stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from peftrec.errors import ModelError
+from peftrec.timeline import WindowDataset, collate
+
+if TYPE_CHECKING:
+    from peftrec.prompts import Codec, Pieces
+
+
+class AnswerHead(nn.Module):
+    """The rows of an output matrix that stand for the answers, (A, H), applied in float32.
+
+    bfloat16 has 8 bits: logits near 20 would come in steps of 0.125, too coarse to rank by. The rows are buffers, not
+    parameters, because they are never trained and never saved: they belong to the base model.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, output: nn.Module, answers: Sequence[int]) -> None:
+        super().__init__()
+        rows = torch.as_tensor(list(answers))
+        weight, bias = output.weight, getattr(output, "bias", None)
+        assert isinstance(weight, torch.Tensor)
+        self.register_buffer("weight", weight.detach()[rows].float(), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach()[rows].float(), persistent=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (B, T, H) -> logits of the answers (B, T, A)."""
+        return F.linear(hidden.float(), self.weight, self.bias)
+
+
+def answer_only(model: Any, answers: Sequence[int]) -> Any:
+    """Replace the output matrix of a causal model by its answer rows, in place.
+
+    Raises:
+        ModelError: the model has no output matrix (it is not a causal language model).
+    """
+    output = model.get_output_embeddings()
+    if output is None or not hasattr(output, "weight"):
+        raise ModelError(
+            f"model: {type(model).__name__} has no output matrix to take answers from; use a causal language model"
+        )
+    model.set_output_embeddings(AnswerHead(output, answers))
+    # The answer rows are a copy: tying them back to the input embeddings would undo the replacement.
+    model.config.tie_word_embeddings = False
+    return model
+
+
+def sight_mask(batch: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The rule of sight as an additive mask (B, 1, T, T): 0 where the query may look, the smallest number elsewhere."""
+    event, time, segment, visible = batch["event"], batch["time"], batch["segment"], batch["visible"]
+    same_segment = segment[:, :, None] == segment[:, None, :]
+    same_event = event[:, :, None] == event[:, None, :]
+    earlier = (time[:, None, :] < time[:, :, None]) & visible[:, None, :]
+    length = event.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=event.device).tril()
+    seen = causal & same_segment & (same_event | earlier)
+    return _additive(seen, dtype)
+
+
+def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def log_odds(logits: torch.Tensor) -> torch.Tensor:
+    """Logits of (no, yes), (..., 2) -> log-odds of yes, (...)."""
+    return logits[..., 1] - logits[..., 0]
+
+
+def read_scores(model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores (N,) at the batch's N read positions, prior included, and their labels (N,)."""
+    read = batch["labels"] >= 0
+    logits = model(
+        input_ids=batch["input_ids"],
+        attention_mask=sight_mask(batch, dtype),
+        position_ids=batch["position_ids"],
+        use_cache=False,
+    ).logits
+    return log_odds(logits[read]) + batch["prior"][read], batch["labels"][read]
+
+
+@torch.inference_mode()
+def score_rows(model: Any, data: WindowDataset, indices: Sequence[int], progress: Any = None) -> dict[int, float]:
+    """Score the packed rows `indices`: log row -> model's log-odds *without* the prior.
+
+    Args:
+        model: base model or PEFT model with an `AnswerHead`.
+        data: packed rows.
+        indices: which of them.
+        progress: called with the number of events after each row.
+    """
+    was_training = model.training
+    model.eval()
+    scores: dict[int, float] = {}
+    for index in indices:
+        batch = {key: value.to(model.device) for key, value in collate([data[index]]).items()}
+        score, _ = read_scores(model, {**batch, "prior": torch.zeros_like(batch["prior"])}, model.dtype)
+        rows = batch["row"][batch["labels"] >= 0]
+        scores.update(zip(rows.tolist(), score.float().tolist(), strict=True))
+        if progress is not None:
+            progress(len(rows))
+    model.train(was_training)
+    return scores
+
+
+@torch.inference_mode()
+def score_candidates(
+    model: Any, codec: Codec, history: np.ndarray, candidates: Pieces, *, chunk_tokens: int = 1024
+) -> np.ndarray:
+    """Score candidates behind one history: the history is computed once, candidates do not see each other.
+
+    Args:
+        model: base model or PEFT model with an `AnswerHead`.
+        codec: the prompt (unused tokens never enter; kept for its header when the history is empty).
+        history: token ids of header and past events, (L,).
+        candidates: each candidate's `{text}:` pieces.
+        chunk_tokens: candidate tokens in one forward.
+
+    Returns:
+        Log-odds, (number of candidates,).
+    """
+    from transformers import DynamicCache
+
+    model.eval()
+    device, past = model.device, len(history)
+    cache = DynamicCache(config=model.config)
+    model(
+        input_ids=torch.as_tensor(history, device=device)[None].long(),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    scores = np.empty(len(candidates.lengths), dtype=np.float32)
+    for first, last in _chunks(candidates.lengths, chunk_tokens):
+        begin, end = int(candidates.start[first]), int(candidates.start[last])
+        ids = torch.as_tensor(candidates.flat[begin:end].astype(np.int64), device=device)
+        starts = torch.as_tensor(candidates.start[first:last] - begin, device=device)
+        event = torch.bucketize(torch.arange(end - begin, device=device), starts, right=True)
+        offset = torch.arange(end - begin, device=device) - starts[event - 1]
+        own = (event[:, None] == event[None, :]).tril()
+        seen = torch.cat((torch.ones(end - begin, past, dtype=torch.bool, device=device), own), dim=1)
+        logits = model(
+            input_ids=ids[None],
+            attention_mask=_additive(seen[None], model.dtype),
+            position_ids=(past + offset)[None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        cache.crop(past)
+        ends = torch.as_tensor(candidates.start[first + 1 : last + 1] - begin - 1, device=device)
+        scores[first:last] = log_odds(logits[0, ends]).float().cpu().numpy()
+    return scores
+
+
+def _chunks(lengths: np.ndarray, budget: int) -> list[tuple[int, int]]:
+    """Half-open ranges of consecutive pieces of at most `budget` tokens each (a longer piece stands alone)."""
+    ranges, first, used = [], 0, 0
+    for index, length in enumerate(lengths.tolist()):
+        if index > first and used + length > budget:
+            ranges.append((first, index))
+            first, used = index, 0
+        used += length
+    if len(lengths):
+        ranges.append((first, len(lengths)))
+    return ranges
+
+
+def interaction_loss(model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype, items: Any) -> torch.Tensor:
+    """Binary cross-entropy over the batch's read positions, divided by `items`, the events of the whole optimizer step.
+
+    Dividing by events and not by batches makes gradient accumulation and several processes equal one large batch.
+    """
+    score, labels = read_scores(model, batch, dtype)
+    return F.binary_cross_entropy_with_logits(score, labels.float(), reduction="sum") / items

@@ -1,0 +1,401 @@
+"""Tables -> windows of tokens with read positions and labels.
+
+One rule of sight: **an event sees the events strictly earlier in time, and itself.** Within a window that is the
+causal mask minus the events that share its timestamp. A candidate is an event whose time is *now* and that no other
+event sees. Training, streaming evaluation, frozen evaluation and ranking differ only in the `Sight` that they build.
+
+    Log ── training_sight / evaluation_sight ──> Sight   which events are read, which are seen, in which order
+    Sight ── cut ──> windows                              ranges of events that fit in max_tokens
+    windows ── pack ──> rows                              several users' windows in one row: no padding
+    rows ── WindowDataset ──> arrays for the model
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peftrec.errors import DataError
+from peftrec.prompts import Codec, Pieces
+
+if TYPE_CHECKING:
+    from peftrec.split import Log
+
+NO_LABEL = -100  # what transformers.Trainer does not count
+NOW = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Events in reading order, (m,) each: users one after another, within a user by time.
+
+    Attributes:
+        row: index into the Log.
+        user: user code; windows never cross it.
+        time: what orders sight: an event sees those of a smaller time.
+        visible: whether later events may see it.
+        read: whether its answer is asked.
+    """
+
+    row: np.ndarray
+    user: np.ndarray
+    time: np.ndarray
+    visible: np.ndarray
+    read: np.ndarray
+
+    def keep(self, mask: np.ndarray) -> Sight:
+        """The same events where `mask` (m,) is true."""
+        return Sight(self.row[mask], self.user[mask], self.time[mask], self.visible[mask], self.read[mask])
+
+
+def training_sight(log: Log, *, liked_only: bool = False, ordered_ties: bool = False) -> Sight:
+    """Every training event is read once and sees the user's earlier training events."""
+    row = np.flatnonzero(log.split == 0)
+    visible = log.label[row] == 1 if liked_only else np.ones(len(row), dtype=bool)
+    return _sight(log, row, visible, np.ones(len(row), dtype=bool), ordered_ties)
+
+
+def evaluation_sight(
+    log: Log, rows: np.ndarray, *, streaming: bool, liked_only: bool = False, ordered_ties: bool = False
+) -> Sight:
+    """The events `rows` (indices into the log) are read.
+
+    Under `streaming` each sees every earlier event of its user, of whichever split; otherwise it sees all *training*
+    events of its user and stands after them as a candidate.
+    """
+    read = np.zeros(len(log.user), dtype=bool)
+    read[rows] = True
+    if streaming:
+        keep = np.arange(len(log.user)) <= _last_read(log.user, read)
+        row = np.flatnonzero(keep)
+        visible = log.label[row] == 1 if liked_only else np.ones(len(row), dtype=bool)
+        return _sight(log, row, visible, read[row], ordered_ties)
+    seen = (log.split == 0) & ~read
+    row = np.flatnonzero((seen & np.isin(log.user, log.user[rows])) | read)
+    row = row[np.lexsort((row, read[row], log.user[row]))]
+    visible = ~read[row] & ((log.label[row] == 1) if liked_only else True)
+    sight = _sight(log, row, visible, read[row], ordered_ties)
+    return Sight(sight.row, sight.user, np.where(sight.read, NOW, sight.time), sight.visible, sight.read)
+
+
+def _sight(log: Log, row: np.ndarray, visible: np.ndarray, read: np.ndarray, ordered_ties: bool) -> Sight:
+    time = np.arange(len(row), dtype=np.int64) if ordered_ties else log.timestamp[row]
+    sight = Sight(row, log.user[row], time, visible, read)
+    return sight.keep(sight.visible | sight.read)
+
+
+def _last_read(user: np.ndarray, read: np.ndarray) -> np.ndarray:
+    """For each row the index of its user's last read row, or -1, (n,)."""
+    last = np.full(int(user.max()) + 1 if len(user) else 0, -1, dtype=np.int64)
+    index = np.flatnonzero(read)
+    last[user[index]] = index  # rows are in order, so the last assignment of a user stays
+    return last[user]
+
+
+@dataclass(frozen=True)
+class Window:
+    """`context` events (visible, not read again) and then the events `[start, stop)` of a Sight."""
+
+    context: tuple[int, int]  # a range of the Sight's *visible* events, half-open
+    start: int
+    stop: int
+    length: int  # tokens, header included
+
+
+def cut(
+    sight: Sight, lengths: np.ndarray, *, max_tokens: int, header: int, overlap: int, fill: bool, single: bool = False
+) -> list[Window]:
+    """Cut each user's events into windows that fit; every read event is in exactly one.
+
+    Args:
+        sight: m events.
+        lengths: tokens of each event, (m,).
+        max_tokens: tokens of a window at most, its header included.
+        header: tokens of the header.
+        overlap: tokens of earlier events that a window repeats as context at most.
+        fill: let the context grow into the room that the window's own events leave.
+        single: one read event a window (the pointwise layout).
+
+    Raises:
+        DataError: one event alone is longer than a window.
+    """
+    room = max_tokens - header
+    if len(lengths) and int(lengths.max()) > room:
+        raise DataError(
+            f"prompt.max_tokens: an event takes {int(lengths.max())} tokens, a window has room for {room} behind its "
+            "header; raise prompt.max_tokens or shorten prompt.item"
+        )
+    overlap = min(overlap, room - int(lengths.max())) if len(lengths) else overlap
+    ends = np.concatenate(([0], np.cumsum(lengths)))
+    seen = np.flatnonzero(sight.visible)
+    seen_ends = np.concatenate(([0], np.cumsum(lengths[seen])))
+    seen_before = np.searchsorted(seen, np.arange(len(lengths) + 1))  # visible events in front of each event
+    reads = np.flatnonzero(sight.read)
+    first_of_user = np.flatnonzero(np.diff(sight.user, prepend=-1))
+    user_of_read = np.searchsorted(first_of_user, reads, side="right") - 1
+    windows = []
+    at = 0
+    while at < len(reads):
+        start = int(reads[at])
+        user_start = int(first_of_user[user_of_read[at]])
+        last = at if single else int(np.searchsorted(user_of_read, user_of_read[at], side="right")) - 1
+        seen_to = int(seen_before[start])
+        seen_from = max(
+            int(seen_before[user_start]), int(np.searchsorted(seen_ends, seen_ends[seen_to] - overlap, side="left"))
+        )
+        used = int(seen_ends[seen_to] - seen_ends[seen_from])
+        fits = int(np.searchsorted(ends, ends[start] + room - used, side="right")) - 1
+        following = int(np.searchsorted(reads, min(fits, int(reads[last]) + 1), side="left"))
+        stop = int(reads[following - 1]) + 1  # nothing behind the last read event is of use
+        own = int(ends[stop] - ends[start])
+        if fill:
+            seen_from = max(
+                int(seen_before[user_start]),
+                int(np.searchsorted(seen_ends, seen_ends[seen_to] - (room - own), side="left")),
+            )
+            used = int(seen_ends[seen_to] - seen_ends[seen_from])
+        windows.append(Window((seen_from, seen_to), start, stop, header + used + own))
+        at = following
+    return windows
+
+
+def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of windows put together into rows of at most `max_tokens`: best fit, the longest first."""
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for index in order.tolist():
+        need = int(lengths[index])
+        place = bisect.bisect_left(free, (need, -1))
+        if place < len(free):
+            left, row = free.pop(place)
+        else:
+            left, row = max_tokens, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        if left > need:
+            bisect.insort(free, (left - need, row))
+    return rows
+
+
+class TimelineWindows:
+    """Windows of a Log's events as arrays of tokens.
+
+    Args:
+        log: the events.
+        codec: the prompt.
+        questions: each item's `{text}:` pieces, in the order of `log.items`.
+        sight: what is read and seen.
+        max_tokens, overlap, fill, single: as in `cut`.
+        max_history: with `single`, earlier events shown at most.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        codec: Codec,
+        questions: Pieces,
+        sight: Sight,
+        *,
+        max_tokens: int,
+        overlap: int,
+        fill: bool,
+        single: bool = False,
+        max_history: int | None = None,
+    ) -> None:
+        self.log, self.codec, self.questions, self.sight = log, codec, questions, sight
+        self._tail_length = 1 + len(codec.line_end)
+        lengths = questions.lengths[log.item[sight.row]] + self._tail_length
+        self.windows = cut(
+            sight,
+            lengths,
+            max_tokens=max_tokens,
+            header=len(codec.header),
+            overlap=overlap,
+            fill=fill,
+            single=single,
+        )
+        if max_history is not None:
+            self.windows = [self._shorten(window, max_history, lengths) for window in self.windows]
+        self._seen = np.flatnonzero(sight.visible)
+
+    def _shorten(self, window: Window, max_history: int, lengths: np.ndarray) -> Window:
+        first, last = window.context
+        events = np.flatnonzero(self.sight.visible)[first:last]
+        gone = max(0, len(events) - max_history)
+        return Window(
+            (first + gone, last), window.start, window.stop, window.length - int(lengths[events[:gone]].sum())
+        )
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each window."""
+        return [window.length for window in self.windows]
+
+    @property
+    def events(self) -> int:
+        """Read positions in all windows together."""
+        return int(self.sight.read.sum())
+
+    def arrays(self, index: int) -> dict[str, np.ndarray]:
+        """One window as arrays of length T.
+
+        Keys: `input_ids`; `position_ids`; `event` (0 is the header); `time` (dense rank, 0 is the header); `visible`;
+        `row` (the log's row at read positions, else -1).
+        """
+        window = self.windows[index]
+        own = np.arange(window.start, window.stop)
+        events = np.concatenate((self._seen[slice(*window.context)], own))
+        row = self.sight.row[events]
+        reads = np.where(np.arange(len(events)) >= len(events) - len(own), self.sight.read[events], False)
+        return lay_out(
+            self.codec,
+            self.questions,
+            item=self.log.item[row],
+            answer=self.log.label[row],
+            time=self.sight.time[events],
+            visible=self.sight.visible[events],
+            row=np.where(reads, row, -1),
+        )
+
+
+def lay_out(
+    codec: Codec,
+    questions: Pieces,
+    *,
+    item: np.ndarray,
+    answer: np.ndarray,
+    time: np.ndarray,
+    visible: np.ndarray,
+    row: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Events of one user, in order of time, as arrays of tokens (T,): see `TimelineWindows.arrays`.
+
+    Positions count what an event can see, so that a candidate stands right behind its history wherever it lies in the
+    row: the same positions as in a prompt of its own.
+    """
+    tail = 1 + len(codec.line_end)
+    asked = questions.lengths[item]
+    length = asked + tail
+    begin = len(codec.header) + np.concatenate(([0], np.cumsum(length)[:-1])) if len(item) else np.zeros(0, np.int64)
+    total = len(codec.header) + int(length.sum())
+    event = np.repeat(np.arange(len(item) + 1), np.concatenate(([len(codec.header)], length)))
+    offset = np.arange(total) - np.concatenate(([0], begin))[event]
+
+    input_ids = np.empty(total, dtype=np.int64)
+    input_ids[: len(codec.header)] = codec.header
+    body = slice(len(codec.header), total)
+    of, at = event[body] - 1, offset[body]
+    in_question = at < asked[of]
+    source = np.where(in_question, questions.start[item[of]] + at, 0)
+    tails = np.asarray([codec.tail(k) for k in range(len(codec.answers))])
+    behind = np.clip(at - asked[of], 0, tail - 1)
+    input_ids[body] = np.where(in_question, questions.flat[source], tails[answer[of], behind])
+
+    rank = np.unique(time, return_inverse=True)[1] + 1 if len(time) else np.zeros(0, np.int64)
+    seen_length = np.where(visible, length, 0)
+    by_rank = np.bincount(rank, weights=seen_length, minlength=int(rank.max(initial=0)) + 1)
+    before = np.concatenate(([0], np.cumsum(by_rank)))[rank].astype(np.int64)
+    position_ids = offset + np.concatenate(([0], len(codec.header) + before))[event]
+
+    reads = np.full(total, -1, dtype=np.int64)
+    reads[begin + asked - 1] = row
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "event": event,
+        "time": np.concatenate(([0], rank))[event],
+        "visible": np.concatenate(([True], visible))[event],
+        "row": reads,
+    }
+
+
+class PromptWindows:
+    """Ready-made prompts, one read position each at the end (records, or `pointwise` with a template)."""
+
+    def __init__(self, codec: Codec, rows: np.ndarray, texts: Sequence[str], max_tokens: int) -> None:
+        self._rows = rows
+        self._ids = [codec.prompt(text, max_tokens) for text in texts]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        return [len(ids) for ids in self._ids]
+
+    @property
+    def events(self) -> int:
+        """Read positions in all prompts together."""
+        return len(self._ids)
+
+    def arrays(self, index: int) -> dict[str, np.ndarray]:
+        """One prompt as arrays of length T: see `TimelineWindows.arrays`."""
+        ids = np.asarray(self._ids[index], dtype=np.int64)
+        row = np.full(len(ids), -1, dtype=np.int64)
+        row[-1] = self._rows[index]
+        zeros = np.zeros(len(ids), dtype=np.int64)
+        return {
+            "input_ids": ids,
+            "position_ids": np.arange(len(ids)),
+            "event": zeros,
+            "time": zeros,
+            "visible": np.ones(len(ids), dtype=bool),
+            "row": row,
+        }
+
+
+class WindowDataset:
+    """Packed rows, ready for a data loader: each item is one row of at most `max_tokens`.
+
+    Args:
+        windows: what to pack.
+        label: answers by row of the log, (n,).
+        prior: log-odds to add to the model's, by row of the log, (n,), or None.
+        max_tokens: tokens of a row.
+    """
+
+    def __init__(
+        self, windows: TimelineWindows | PromptWindows, label: np.ndarray, prior: np.ndarray | None, max_tokens: int
+    ) -> None:
+        self.windows = windows
+        self.label = label
+        self.prior = np.zeros(len(label), dtype=np.float32) if prior is None else prior
+        self.rows = pack(windows.lengths, max_tokens)
+        self.tokens = sum(windows.lengths)
+        self.events = windows.events
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        parts = [self.windows.arrays(i) for i in self.rows[index]]
+        row = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        row["segment"] = np.repeat(np.arange(len(parts)), [len(part["row"]) for part in parts])
+        read = row["row"] >= 0
+        row["labels"] = np.where(read, self.label[row["row"]], NO_LABEL).astype(np.int64)
+        row["prior"] = np.where(read, self.prior[row["row"]], 0.0).astype(np.float32)
+        return row
+
+
+def collate(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
+    """Rows as one batch of tensors (B, T), padded at the right with a segment of its own that nothing sees."""
+    import torch
+
+    longest = max(len(row["input_ids"]) for row in rows)
+    padding = {"row": -1, "labels": NO_LABEL, "segment": -1}
+    batch = {}
+    for key in rows[0]:
+        padded = [
+            np.pad(row[key], (0, longest - len(row[key])), constant_values=padding.get(key, 0)) for row in rows
+        ]
+        batch[key] = torch.from_numpy(np.stack(padded))
+    return batch

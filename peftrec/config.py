@@ -1,0 +1,443 @@
+"""The recipe: one frozen dataclass per stage, read from YAML, changed on the command line, checked all at once.
+
+The annotations below are the schema: a type, the values allowed, and the text of the error. Nothing here imports torch
+or polars, so a recipe is checked in milliseconds, and nothing in a recipe names code: it is data, also from a stranger.
+A key that is absent or null has its default. A key that the rest of the recipe makes pointless is an error, because a
+setting that silently does nothing is a result that nobody can explain.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+
+from peftrec.errors import ConfigError
+from peftrec.schema import Check, Reader, leaves, override, read_yaml, show
+
+
+def placeholders(template: str) -> list[str]:
+    """Names of the `{placeholders}` in `template`, in order, repeats included.
+
+    Raises:
+        ValueError: unbalanced braces, or anything but a plain name between them. `{title.x}` and `{title!r}` reach
+            into Python objects, which a recipe from a stranger must not.
+    """
+    names = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name.isidentifier() or spec or conversion:
+            raise ValueError(f"{{{name}}} is not a plain {{column}}")
+        names.append(name)
+    return names
+
+
+def _is_template(text: str) -> bool:
+    try:
+        return bool(placeholders(text))
+    except ValueError:
+        return False
+
+
+Count = Annotated[int, Check("a whole number from 1", lambda n: n >= 1)]
+Positive = Annotated[float, Check("a number above 0", lambda x: x > 0)]
+NotNegative = Annotated[float, Check("a number from 0", lambda x: x >= 0)]
+Share = Annotated[float, Check("a share between 0 and 1, both excluded", lambda x: 0 < x < 1)]
+Text = Annotated[str, Check("text that is not empty", lambda text: bool(text.strip()))]
+Template = Annotated[
+    str, Check("a template with plain {column} names, as in '{title} ({year})'; write {{ for a brace", _is_template)
+]
+Distinct = Check("each at most once", lambda values: len(set(values)) == len(values))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which rows train, which choose the checkpoint (valid), which are reported (test)."""
+
+    kind: Literal["temporal", "leave_last_out", "kfold", "cold_user", "cold_item", "column"] = "temporal"
+    """By time over all users, each user's last two events, random folds, unseen users or items, or a given column."""
+    valid: Share = 0.1
+    """Share for validation: of the rows, or of the users or items where those are held out."""
+    test: Share = 0.1
+    """Share for the test, counted like `valid`; `kfold` takes one fold instead."""
+    column: Text | None = None
+    """Column that holds train, valid or test in each row (kind: column)."""
+    folds: Annotated[int, Check("a whole number from 2", lambda n: n >= 2)] = 5
+    """Number of folds (kind: kfold)."""
+    fold: Annotated[int, Check("a whole number from 0", lambda n: n >= 0)] = 0
+    """The fold that is the test, counted from 0 (kind: kfold)."""
+
+
+RecordFiles = Annotated[
+    dict[str, Text],
+    Check("the three files train, valid and test", lambda files: set(files) == {"train", "valid", "test"}),
+]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the tables come from and what counts as liked."""
+
+    name: Text | None = None
+    """A data set that peftrec knows; exactly one of `name`, `interactions` and `records` is given."""
+    interactions: Text | None = None
+    """The user's own events: a CSV, Parquet or JSONL file, or a Hub data set id (`namespace/name` or `…:split`)."""
+    hub_revision: Text | None = None
+    """Commit, tag or branch of the Hub data set; null is its main branch."""
+    items: Text | None = None
+    """The items table, one row per item_id; not needed where the interactions have a title column."""
+    users: Text | None = None
+    """The users table, one row per user_id."""
+    records: Text | RecordFiles | None = None
+    """Ready-made prompts (instruction, input, output): one JSON or JSONL file to split, or one each for
+    train, valid and test."""
+    columns: dict[str, Text] = field(default_factory=dict)
+    """Our column name -> the name in the files, as in `{user_id: uid, item_id: movieId}`."""
+    like_at: float | None = None
+    """A rating from here on is label 1; needed where the table has ratings and no labels."""
+    rating_range: (
+        Annotated[list[float], Check("two numbers, lowest and highest", lambda r: len(r) == 2 and r[0] < r[1])] | None
+    ) = None
+    """Lowest and highest rating of the scale, both included; a rating outside is an error."""
+    sample_users: Count | None = None
+    """Keep this many users, drawn by the seed, with all their events; null keeps everybody."""
+    split: Split = field(default_factory=Split)
+    """How rows become train, valid and test."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How events become text."""
+
+    layout: Literal["timeline", "pointwise"] = "timeline"
+    """One text per user with an answer read at every event, or one prompt per event to score."""
+    item: Template = "{title}"
+    """An item as text, over the columns of the items table."""
+    header: str = "What this person rated, oldest first, and whether they liked each:\n"
+    """Text before the first event, word for word; a line break is added if it ends in none."""
+    history: Literal["all", "liked"] = "all"
+    """Whether earlier events that were not liked are shown."""
+    max_tokens: Annotated[int, Check("a whole number from 16", lambda n: n >= 16)] = 1024
+    """Longest window or prompt (tokens); the oldest events are left out first."""
+    overlap: Annotated[int, Check("a whole number from 0", lambda n: n >= 0)] = 256
+    """Earlier events that a following window repeats as context (tokens; timeline)."""
+    max_history: Count | None = None
+    """Most events shown before the one to score (pointwise); null shows as many as fit."""
+    template: Template | None = None
+    """The whole prompt (pointwise), with {history} and {item}, or {instruction} and {input} for records."""
+    answers: Annotated[
+        list[Text],
+        Check("two different answers, first for not liked, then for liked", lambda a: len(a) == len(set(a)) == 2),
+    ] = field(default_factory=lambda: [" no", " yes"])
+    """Answer texts for label 0 and label 1; a leading space is part of the token."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base model."""
+
+    name: Text = "smollm2-135m-instruct"
+    """A packaged model, a Hub model id, or a local folder."""
+    revision: Text | None = None
+    """Commit, tag or branch on the Hub; null is the main branch."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the base weights."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention code of transformers."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model; only the command line may say so, never a file."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained; the names are those of PEFT."""
+
+    method: Literal["lora", "none"] = "lora"
+    """`none` leaves the base model as it is."""
+    r: Count = 16
+    """Rank of the update."""
+    lora_alpha: Count = 32
+    """Scale: the update is multiplied by lora_alpha / r."""
+    lora_dropout: Annotated[float, Check("a share from 0 to below 1", lambda x: 0 <= x < 1)] = 0.0
+    """Share of the adapter's inputs dropped in training."""
+    target_modules: Text | Annotated[list[Text], Check("at least one module name", bool), Distinct] = "all-linear"
+    """Layers that get an adapter: all-linear, a regular expression, or a list of name endings."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Train direction and magnitude apart (DoRA, arXiv:2402.09353)."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What is added to the model's own score."""
+
+    prior: Literal["none", "bias"] = "none"
+    """`bias`: the model learns what the closed-form user and item bias leaves over."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """The optimisation; the names are those of transformers.TrainingArguments."""
+
+    num_train_epochs: Positive = 1.0
+    """Passes over the training windows; `max_steps` takes precedence."""
+    max_steps: Annotated[int, Check("-1 or a whole number from 1", lambda n: n == -1 or n >= 1)] = -1
+    """Optimiser steps; -1 leaves it to `num_train_epochs`."""
+    learning_rate: Positive = 5e-4
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
+    """Course of the learning rate."""
+    warmup_steps: Annotated[
+        float, Check("a share below 1 or a whole number of steps", lambda x: 0 <= x < 1 or (x >= 1 and x == int(x)))
+    ] = 0.05
+    """Steps of rising learning rate: below 1 a share of the run, else a number of steps."""
+    weight_decay: NotNegative = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: NotNegative = 1.0
+    """Longest gradient (L2 norm); 0 does not clip."""
+    per_device_train_batch_size: Count = 1
+    """Rows per forward pass and device; a row holds up to `prompt.max_tokens` tokens."""
+    gradient_accumulation_steps: Count = 4
+    """Forward passes per optimiser step."""
+    evals: Annotated[int, Check("a whole number from 0", lambda n: n >= 0)] = 4
+    """Validation passes spread over the run; each also saves a checkpoint."""
+    early_stopping_patience: Count | None = None
+    """Stop after this many validation passes without a better one; null never stops early."""
+    metric_for_best_model: Literal["loss", "auc", "uauc"] = "loss"
+    """Validation metric that chooses the checkpoint to keep."""
+    logging_steps: Count = 10
+    """Optimiser steps between two logged training losses."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, slower."""
+    torch_compile: bool = False
+    """Compile the model: a slow start, then faster steps."""
+    report_to: Literal[
+        "none", "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab", "dvclive"
+    ] = "none"
+    """Experiment tracker, which must be installed."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """What is measured and what an evaluated row may know."""
+
+    history: Literal["streaming", "frozen"] = "streaming"
+    """Every event earlier in time whichever its split, or training events only; the baselines know the same."""
+    ties: Literal["isolate", "order"] = "isolate"
+    """Events with one timestamp do not see each other's answers, or see those earlier in row order."""
+    slices: Annotated[list[Literal["cold_item", "cold_user", "popularity"]], Distinct] = field(
+        default_factory=lambda: ["cold_item", "cold_user", "popularity"]
+    )
+    """Groups of test rows reported apart."""
+    baselines: Annotated[list[Literal["item_mean", "bias", "popularity"]], Distinct] = field(
+        default_factory=lambda: ["item_mean", "bias", "popularity"]
+    )
+    """Closed-form scorers reported beside the model."""
+    base_model: bool = True
+    """Also score the base model without the adapter."""
+    max_valid_rows: Count | None = None
+    """Most validation rows scored during training; null scores all."""
+    max_test_rows: Count | None = None
+    """Most test rows scored, whole users drawn by the seed; null scores all."""
+    bootstrap: Annotated[int, Check("a whole number from 0", lambda n: n >= 0)] = 1000
+    """Resamples of the users for the 95 % intervals; 0 gives none."""
+    recommend_k: Count = 10
+    """Items in a recommendation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run, complete: the same recipe, data and versions give the same adapter."""
+
+    task: Literal["click"] = "click"
+    """What is predicted."""
+    data: Data
+    """Tables, labels and split."""
+    prompt: Prompt = field(default_factory=Prompt)
+    """Text around the events."""
+    model: Model = field(default_factory=Model)
+    """Base model."""
+    adapter: Adapter = field(default_factory=Adapter)
+    """Trained parameters."""
+    score: Score = field(default_factory=Score)
+    """Terms beside the model's own."""
+    train: Train = field(default_factory=Train)
+    """Optimisation."""
+    eval: Eval = field(default_factory=Eval)
+    """Measurement."""
+    output_dir: Text
+    """Folder of the run, created if need be."""
+    seed: Annotated[int, Check("a whole number from 0 to 2**32 - 1", lambda n: 0 <= n < 2**32)] = 13
+    """Seed of everything random."""
+
+
+_TABLE_COLUMNS = ("user_id", "item_id", "timestamp", "rating", "label", "title", "instruction", "input", "output")
+_FILE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".pq", ".json", ".jsonl", ".ndjson")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, changed by command-line arguments.
+
+    Args:
+        path: the YAML file.
+        overrides: as in `["--train.learning_rate", "1e-4", "--seed=7"]`; the last of two wins.
+
+    Raises:
+        ConfigError: every mistake in the file and in the arguments, one line each.
+    """
+    changed = override(read_yaml(path), Recipe, overrides)
+    reader = Reader(Recipe, str(path), changed.keys)
+    reader.problems.extend(changed.problems)
+    recipe = reader.section(Recipe, changed.mapping)
+    if recipe.model.trust_remote_code and "model.trust_remote_code" not in changed.keys:
+        reader.problem(
+            "model.trust_remote_code",
+            "true in a file, which may be a stranger's; only a person may allow a model to run its own code; "
+            "remove it, and start with --model.trust_remote_code true",
+        )
+    return _checked(reader, recipe)
+
+
+def parse_recipe(mapping: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe in nested mappings, such as `recipe_to_dict` gives; `where` names their origin in errors.
+
+    Raises:
+        ConfigError: every mistake, one line each.
+    """
+    reader = Reader(Recipe, where)
+    return _checked(reader, reader.section(Recipe, mapping))
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Nested plain values that `parse_recipe` reads back, without the keys that do nothing in this recipe."""
+    return _plain(recipe, "", _idle(recipe))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML text that `load_recipe` reads back."""
+    return yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, allow_unicode=True, width=float("inf"))
+
+
+def _plain(section: Any, prefix: str, idle: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for one in dataclasses.fields(section):
+        value, key = getattr(section, one.name), prefix + one.name
+        if dataclasses.is_dataclass(value):
+            value = _plain(value, f"{key}.", idle)
+        if value is not None and value != {} and key not in idle:
+            values[one.name] = copy.copy(value)
+    return values
+
+
+def _checked(reader: Reader, recipe: Recipe) -> Recipe:
+    """`recipe`, if it was read without mistakes and its keys fit each other."""
+
+    def judged(*keys: str) -> bool:
+        """Whether a mistake is known in or below one of these keys, so that more words would only confuse."""
+        return any(bad == key or bad.startswith(f"{key}.") for bad in reader.bad for key in keys)
+
+    found = [(key, others, text) for key, others, text in _conflicts(recipe) if not judged(key, *others)]
+    for key, decider in _idle(recipe).items():
+        if key in reader.given and not judged(key, decider):
+            setting = show(reduce(getattr, decider.split("."), recipe)).strip("'")
+            found.append((key, (), f"does nothing under {decider}: {setting}; remove it, or change {decider}"))
+    for key, _, text in found:
+        reader.problem(key, text)
+    if reader.problems:
+        raise ConfigError(*reader.problems)
+    return recipe
+
+
+def _idle(recipe: Recipe) -> dict[str, str]:
+    """Keys that do nothing in this recipe -> the key whose value makes them so."""
+    data, kind, layout = recipe.data, recipe.data.split.kind, recipe.prompt.layout
+    own_file = data.interactions is not None and data.interactions.lower().endswith(_FILE_SUFFIXES)
+    cases = (
+        (data.name, "data.name", "data.items data.users data.columns data.hub_revision"),
+        (own_file or data.records, "data.interactions" if own_file else "data.records", "data.hub_revision"),
+        (data.records, "data.records", "data.items data.users data.like_at data.rating_range"),
+        (data.records, "data.records", "prompt.item prompt.header prompt.history prompt.max_history"),
+        (isinstance(data.records, dict), "data.records", " ".join(leaves(Split, "data.split."))),
+        (kind != "column", "data.split.kind", "data.split.column"),
+        (kind != "kfold", "data.split.kind", "data.split.folds data.split.fold"),
+        (kind in ("leave_last_out", "column"), "data.split.kind", "data.split.valid data.split.test"),
+        (kind == "kfold", "data.split.kind", "data.split.test"),
+        (layout == "timeline", "prompt.layout", "prompt.template prompt.max_history"),
+        (layout == "pointwise", "prompt.layout", "prompt.overlap"),
+        (recipe.prompt.template, "prompt.template", "prompt.header"),
+        (recipe.adapter.method == "none", "adapter.method", " ".join(leaves(Adapter, "adapter.")).partition(" ")[2]),
+        (recipe.train.lr_scheduler_type == "constant", "train.lr_scheduler_type", "train.warmup_steps"),
+        (recipe.train.evals == 0, "train.evals", "train.early_stopping_patience train.metric_for_best_model"),
+        (recipe.train.evals == 0, "train.evals", "eval.max_valid_rows"),
+    )
+    return {key: decider for applies, decider, keys in cases if applies for key in keys.split()}
+
+
+def _conflicts(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Values that cannot work together: the key to name, the other keys involved, and the error text."""
+    yield from _data_conflicts(recipe.data)
+    yield from _prompt_conflicts(recipe)
+    if recipe.score.prior == "bias" and recipe.data.records is not None:
+        yield "score.prior", ("data.records",), "bias; records have no items to estimate a bias of; set it to none"
+
+
+def _data_conflicts(data: Data) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    sources = [f"data.{name}" for name in ("name", "interactions", "records") if getattr(data, name) is not None]
+    if not sources:
+        yield "data", (), "no source; expected one of data.name, data.interactions and data.records; add one"
+    if len(sources) > 1:
+        yield "data", (), f"{' and '.join(sources)} given; expected one source of data; remove the others"
+    if (
+        data.like_at is not None
+        and data.rating_range
+        and not data.rating_range[0] < data.like_at <= data.rating_range[1]
+    ):
+        low, high = data.rating_range
+        text = (
+            f"{data.like_at:g} gives all rows one label; expected above {low:g} and up to {high:g} (data.rating_range)"
+        )
+        yield "data.like_at", ("data.rating_range",), text
+    split = data.split
+    if split.kind == "column" and split.column is None:
+        text = "missing; data.split.kind: column needs the name of the column that holds train, valid or test"
+        yield "data.split.column", ("data.split.kind",), text
+    if split.kind == "kfold" and split.fold >= split.folds:
+        text = f"{split.fold}; expected below data.split.folds ({split.folds}): folds are counted from 0"
+        yield "data.split.fold", ("data.split.folds", "data.split.kind"), text
+    if split.kind in ("temporal", "cold_user", "cold_item") and split.valid + split.test >= 1:
+        text = f"valid {split.valid:g} and test {split.test:g} leave nothing to train on; expected a sum below 1"
+        yield "data.split", (), text
+    for ours, theirs in data.columns.items():
+        if ours not in _TABLE_COLUMNS and theirs in _TABLE_COLUMNS:
+            text = f"{ours}: {theirs} is the wrong way round; expected our name first; write {theirs}: {ours}"
+            yield "data.columns", (), text
+
+
+def _prompt_conflicts(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    prompt, records = recipe.prompt, recipe.data.records is not None
+    if prompt.layout == "timeline":
+        if records:
+            yield "prompt.layout", ("data.records",), "timeline; ready-made prompts (data.records) need pointwise"
+        if prompt.overlap >= prompt.max_tokens:
+            text = f"{prompt.overlap} tokens; expected fewer than prompt.max_tokens ({prompt.max_tokens}); lower it"
+            yield "prompt.overlap", ("prompt.max_tokens", "prompt.layout"), text
+        if recipe.model.attn_implementation == "flash_attention_2":
+            text = "flash_attention_2 cannot hide events of one time from each other; a timeline needs sdpa or eager"
+            yield "model.attn_implementation", ("prompt.layout",), text
+    elif prompt.template is not None:
+        names = set(placeholders(prompt.template))
+        if records and not names <= {"instruction", "input"}:
+            text = f"{show(prompt.template)}; records have {{instruction}} and {{input}} only; remove the others"
+            yield "prompt.template", ("data.records",), text
+        if not records and not {"history", "item"} <= names:
+            text = f"{show(prompt.template)}; expected {{history}} and {{item}} in it; add what is missing"
+            yield "prompt.template", ("data",), text

@@ -17,10 +17,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-
 from peftrec.errors import ConfigError
-from peftrec.schema import Check, Reader, leaves, override, read_yaml, show
+from peftrec.schema import Check, Reader, dump_yaml, leaves, override, read_yaml, show
 
 
 def placeholders(template: str) -> list[str]:
@@ -324,7 +322,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML text that `load_recipe` reads back."""
-    return yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, allow_unicode=True, width=float("inf"))
+    return dump_yaml(recipe_to_dict(recipe))
 
 
 def _plain(section: Any, prefix: str, idle: Mapping[str, str]) -> dict[str, Any]:
@@ -360,10 +358,13 @@ def _checked(reader: Reader, recipe: Recipe) -> Recipe:
 def _idle(recipe: Recipe) -> dict[str, str]:
     """Keys that do nothing in this recipe -> the key whose value makes them so."""
     data, kind, layout = recipe.data, recipe.data.split.kind, recipe.prompt.layout
-    own_file = data.interactions is not None and data.interactions.lower().endswith(_FILE_SUFFIXES)
+    source = "data.interactions" if data.interactions else "data.records"
+    own_files = isinstance(data.records, dict) or (data.interactions or data.records or "").lower().endswith(
+        _FILE_SUFFIXES
+    )
     cases = (
         (data.name, "data.name", "data.items data.users data.columns data.hub_revision"),
-        (own_file or data.records, "data.interactions" if own_file else "data.records", "data.hub_revision"),
+        (own_files, source, "data.hub_revision"),
         (data.records, "data.records", "data.items data.users data.like_at data.rating_range"),
         (data.records, "data.records", "prompt.item prompt.header prompt.history prompt.max_history"),
         (isinstance(data.records, dict), "data.records", " ".join(leaves(Split, "data.split."))),

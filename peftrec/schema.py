@@ -127,6 +127,24 @@ def parse_yaml(text: str) -> Any:
         raise yaml.YAMLError("nested too deeply") from None
 
 
+class _Dumper(yaml.SafeDumper):
+    """Text with line breaks stays on one line, in double quotes: other styles lose Unicode's rarer line breaks."""
+
+
+def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style='"' if len(f"{text}.".splitlines()) > 1 else None
+    )
+
+
+_Dumper.add_representer(str, _text_node)
+
+
+def dump_yaml(value: object) -> str:
+    """YAML text that `parse_yaml`, and any other reader of YAML, reads back."""
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf))
+
+
 def read_yaml(path: str | Path) -> Any:
     """The value in a YAML file.
 

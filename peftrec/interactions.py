@@ -1,0 +1,344 @@
+"""Events and items from a named data set, the user's files, the Hub or ready-made prompts, checked and made canonical.
+
+Whatever the source, the result is the same: events with dense integer codes, one label and one time each. What cannot
+be right is an error; what can be mended by leaving rows out is, and `Interactions.warnings` says how many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from peftrec import tables
+from peftrec.config import Data
+from peftrec.datasets import DATASETS
+from peftrec.errors import DataError
+
+NEEDS_TIME = ("temporal", "leave_last_out")
+"""Kinds of split that cannot do without timestamps."""
+
+HASHED_ROWS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Checked events, in the order of their source.
+
+    Attributes:
+        events: `user` (Int32, row of `user_ids`), `item` (Int32, row of `items`; -1 for prompt records), `label` (Int8,
+            0 or 1), `timestamp` (Int64, seconds; the row number where the source has no times) and, where there are
+            such, `rating` (Float32), `split` (the split that the source itself gives), `instruction` and `input`.
+        user_ids: Original ids, sorted; each has an event.
+        items: `item_id`, `title` and whatever else the items table holds; no rows for prompt records.
+        users: The users table by `user_id`, if there is one.
+        name: The data set's name, or the source as the recipe has it.
+        sha256: Hash of the values of events and items as they are used; a CSV and a Parquet of the same rows agree.
+        warnings: What was left out or assumed, one counted line each.
+    """
+
+    events: pl.DataFrame
+    user_ids: pl.Series
+    items: pl.DataFrame
+    users: pl.DataFrame | None
+    name: str
+    sha256: str
+    warnings: tuple[str, ...]
+
+
+def load(data: Data, seed: int) -> Interactions:
+    """Read and check what `data` names.
+
+    Args:
+        data: The recipe's data section.
+        seed: Draws the users that `sample_users` keeps.
+
+    Raises:
+        AssetError: If a named data set cannot be fetched.
+        DataError: If the tables cannot be read or used; says where, what was found and what to do.
+    """
+    warnings: list[str] = []
+    users: pl.DataFrame | None = None
+    if data.records is not None:
+        name, events, items = _records(data)
+    else:
+        name, events, items, users = _named(data, warnings) if data.name else _files(data, warnings)
+        events, items = _join_items(events, items, name, warnings)
+    events, user_ids = _code_users(events)
+    if data.records is None:
+        events = _drop_repeats(events, name, warnings)
+    if "timestamp" not in events.columns:
+        events = events.with_row_index("timestamp").with_columns(pl.col("timestamp").cast(pl.Int64))
+    if data.sample_users is not None:
+        events, user_ids = _sample(events, user_ids, data.sample_users, seed, warnings)
+    _check_classes(events["label"], name, data)
+    fingerprint = _fingerprint(events, user_ids, items)
+    return Interactions(events, user_ids, items, users, name, fingerprint, tuple(warnings))
+
+
+def drawn_order(n: int, seed: int, purpose: str) -> np.ndarray:
+    """The numbers below `n` in an order (n,) that `seed` and `purpose` fix on every machine."""
+    generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(purpose.encode())]))
+    # Not Generator.permutation, whose way of shuffling may change between versions of numpy.
+    return np.argsort(generator.random(n), kind="stable")
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def _named(data: Data, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame, pl.DataFrame | None]:
+    dataset = DATASETS.get(data.name or "")
+    if dataset is None:
+        raise DataError(f"data.name: no data set '{data.name}'; expected one of {', '.join(sorted(DATASETS))}")
+    loaded = dataset.load()
+    like_at = dataset.like_at if data.like_at is None else data.like_at
+    scale = dataset.rating_range if data.rating_range is None else data.rating_range
+    table = loaded.interactions.lazy()
+    raw = _select(table, dataset.name, {}, data, with_title=False, warnings=warnings)
+    return dataset.name, _parse(raw, dataset.name, like_at, scale), loaded.items, loaded.users
+
+
+def _files(data: Data, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame, pl.DataFrame | None]:
+    where = data.interactions or ""
+    table = tables.scan(where, data.hub_revision)
+    raw = _select(table, where, data.columns, data, with_title=data.items is None, warnings=warnings)
+    events = _parse(raw, where, data.like_at, data.rating_range)
+    if data.items is None:
+        items = events.select("item_id", raw["title"]).unique("item_id", keep="first", maintain_order=True)
+        items = items.sort("item_id")
+    else:
+        items = _side_table(data.items, data.columns, "item_id", ["title"])
+    users = None if data.users is None else _side_table(data.users, data.columns, "user_id", [])
+    return where, events, items, users
+
+
+def _select(
+    table: pl.LazyFrame, where: str, columns: Mapping[str, str], data: Data, with_title: bool, warnings: list[str]
+) -> pl.DataFrame:
+    """The columns that are needed, under our names, as they are in the source."""
+    found = tables.column_names(table, where)
+    given = {ours: theirs for ours, theirs in columns.items() if ours != "title" or with_title}
+    required = ["user_id", "item_id", *(["title"] if with_title and "title" in given else [])]
+    names = tables.match_columns(found, where, given, required, ["label", "rating", "timestamp"])
+    if "label" in names:
+        if names.pop("rating", None) is not None and data.like_at is not None:
+            warnings.append(f"{where}: the label column is used; rating and data.like_at are not")
+    elif "rating" not in names:
+        hint = tables.nearest_column("label", found) or tables.nearest_column("rating", found) or "<column>"
+        todo = f"set data.columns.rating or data.columns.label to a column, such as {hint}"
+        raise DataError(f"{where}: no column 'rating' or 'label' (found {', '.join(found)}); {todo}")
+    if with_title and "title" not in names:
+        if "title" not in found:
+            raise DataError(
+                f"{where}: no column 'title' (found {', '.join(found)}) and no items table; the model reads items as "
+                "text: set data.items to a table with item_id and title, or data.columns.title to a column here"
+            )
+        names["title"] = "title"
+    if data.split.kind in NEEDS_TIME and "timestamp" not in names:
+        near = tables.nearest_column("timestamp", found)
+        todo = f"set data.columns.timestamp={near}" if near else "add it"
+        raise DataError(
+            f"{where}: no column 'timestamp' (found {', '.join(found)}); a {data.split.kind} split needs it: {todo}, "
+            "or set data.split.kind=kfold"
+        )
+    if data.split.kind == "column":
+        names["split"] = _split_column(found, where, data)
+    raw = tables.collect(table.select(**{ours: pl.col(theirs) for ours, theirs in names.items()}), where)
+    return _with_times(raw, where, data, warnings)
+
+
+def _split_column(found: list[str], where: str, data: Data) -> str:
+    name = data.split.column or "split"
+    if name not in found:
+        raise DataError(
+            f"{where}: no column '{name}' (found {', '.join(found)}); set data.split.column to the one that holds "
+            "train, valid or test"
+        )
+    return name
+
+
+def _with_times(raw: pl.DataFrame, where: str, data: Data, warnings: list[str]) -> pl.DataFrame:
+    """Timestamps as seconds; the column is left out where times are missing and the split can do without."""
+    if "timestamp" not in raw.columns:
+        warnings.append(f"{where}: no timestamps: rows are taken to be in order of time")
+        return raw
+    seconds = tables.parse_seconds(raw["timestamp"], where)
+    if missing := seconds.null_count():
+        row = int(seconds.is_null().arg_max() or 0) + 1
+        if data.split.kind in NEEDS_TIME:
+            raise DataError(
+                f"{where}: {missing} of {len(seconds)} rows have no timestamp, the first is row {row}; a "
+                f"{data.split.kind} split needs them: add them, drop the rows, or set data.split.kind=kfold"
+            )
+        warnings.append(f"{where}: {missing} rows have no timestamp: rows are taken to be in order of time")
+        return raw.drop("timestamp")
+    return raw.with_columns(seconds.alias("timestamp"))
+
+
+def _parse(
+    raw: pl.DataFrame, where: str, like_at: float | None, scale: tuple[float, float] | list[float] | None
+) -> pl.DataFrame:
+    """Ids, label and rating as what they are; every row is kept."""
+    columns = [tables.parse_ids(raw[name], where, name).alias(name) for name in ("user_id", "item_id")]
+    if "label" in raw.columns:
+        columns.append(tables.parse_labels(raw["label"], where).alias("label"))
+    else:
+        rating = tables.parse_numbers(raw["rating"], where, "rating")
+        if scale is not None:
+            low, high = scale
+            outside = ~rating.is_between(low, high)
+            tables.refuse(where, "rating", raw["rating"], outside, f"{low:g} to {high:g} (data.rating_range)")
+        if like_at is None:
+            raise DataError(
+                f"{where}: ratings from {rating.min()!r} to {rating.max()!r} and no labels; expected to know what "
+                "counts as liked: set data.like_at to the lowest rating that does"
+            )
+        columns.append((rating >= like_at).cast(pl.Int8).alias("label"))
+        columns.append(rating.cast(pl.Float32).alias("rating"))
+    if "timestamp" in raw.columns:
+        columns.append(raw["timestamp"])
+    if "split" in raw.columns:
+        columns.append(raw["split"].cast(pl.String))
+    return pl.DataFrame(columns)
+
+
+def _side_table(source: str, columns: Mapping[str, str], id_name: str, required: list[str]) -> pl.DataFrame:
+    """An items or users table: every column that a template could show, ids parsed, lists of text joined."""
+    table = tables.scan(source)
+    found = tables.column_names(table, source)
+    # The renames were written for the interactions too: here only those count that lead somewhere.
+    given = {ours: theirs for ours, theirs in columns.items() if theirs in found}
+    optional = [ours for ours in given if ours not in required and ours != id_name]
+    names = tables.match_columns(found, source, given, [id_name, *required], optional)
+    kept = [other for other in found if other not in names and other not in names.values()]
+    frame = tables.collect(table.select(*kept, **{ours: pl.col(theirs) for ours, theirs in names.items()}), source)
+    ids = tables.parse_ids(frame[id_name], source, id_name).alias(id_name)
+    texts = [frame[name].cast(pl.String) for name in required]
+    rest = [tables.showable(frame[name]) for name in frame.columns if name != id_name and name not in required]
+    return pl.DataFrame([ids, *texts, *(column for column in rest if column is not None)])
+
+
+def _records(data: Data) -> tuple[str, pl.DataFrame, pl.DataFrame]:
+    """Ready-made prompts: one event per row, no items; a row without user_id is a user of its own."""
+    if isinstance(data.records, str):
+        sources, parts = [data.records], [_record_file(data.records, data)]
+    else:
+        files = data.records or {}
+        sources = list(files.values())
+        parts = [_record_file(files[split], data).with_columns(split=pl.lit(split)) for split in files]
+    shared = [name for name in parts[0].columns if all(name in part.columns for part in parts)]
+    events = pl.concat([part.select(shared) for part in parts])
+    if "user_id" not in shared:
+        events = events.with_row_index("user_id").with_columns(pl.col("user_id").cast(pl.Int64))
+    events = events.with_columns(item=pl.lit(-1, pl.Int32))
+    return ", ".join(sources), events, pl.DataFrame(schema={"item_id": pl.Int64, "title": pl.String})
+
+
+def _record_file(source: str, data: Data) -> pl.DataFrame:
+    table = tables.scan(source, data.hub_revision)
+    found = tables.column_names(table, source)
+    optional = ["user_id", "timestamp"]
+    names = tables.match_columns(found, source, data.columns, ["instruction", "input", "output"], optional)
+    if data.split.kind == "column" and isinstance(data.records, str):
+        names["split"] = _split_column(found, source, data)
+    raw = tables.collect(table.select(**{ours: pl.col(theirs) for ours, theirs in names.items()}), source)
+    columns = [raw[name].cast(pl.String).fill_null("") for name in ("instruction", "input")]
+    columns.append(tables.parse_labels(raw["output"], source, "output").alias("label"))
+    if "user_id" in names:
+        columns.append(tables.parse_ids(raw["user_id"], source, "user_id"))
+    if "timestamp" in names:
+        seconds = tables.parse_seconds(raw["timestamp"], source)
+        tables.refuse(source, "timestamp", raw["timestamp"], seconds.is_null(), "a time in every row or no such column")
+        columns.append(seconds)
+    if "split" in names:
+        columns.append(raw["split"].cast(pl.String))
+    return pl.DataFrame(columns)
+
+
+# --- cleaning ---------------------------------------------------------------------------------------------------------
+
+
+def _join_items(
+    events: pl.DataFrame, items: pl.DataFrame, where: str, warnings: list[str]
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Give each event the row of its item; drop items that have no title or came before, and events without item."""
+    blank = items["title"].is_null() | (items["title"].str.strip_chars() == "")
+    titled = items.filter(~blank)
+    if count := items.height - titled.height:
+        warnings.append(f"items: {count} rows without title dropped")
+    items = titled.unique("item_id", keep="first", maintain_order=True)
+    if count := titled.height - items.height:
+        warnings.append(f"items: {count} rows with an item_id that came before dropped")
+    event_ids, item_ids = tables.same_kind(events["item_id"], items["item_id"])
+    items = items.with_columns(item_ids)
+    codes = pl.DataFrame({"item_id": item_ids, "item": np.arange(len(item_ids), dtype=np.int32)})
+    joined = events.with_columns(event_ids).join(codes, on="item_id", how="left", maintain_order="left")
+    unknown = joined["item"].is_null()
+    if unknown.all():
+        raise DataError(
+            f"{where}: none of its item ids (such as {event_ids[0]!r}) is in the items table (such as "
+            f"{item_ids[0] if len(item_ids) else 'nothing'!r}); expected the same ids: check data.columns.item_id"
+        )
+    if count := int(unknown.sum()):
+        example = event_ids.filter(unknown)[0]
+        warnings.append(f"{where}: {count} rows of unknown items (such as {example!r}) dropped")
+        joined = joined.filter(~unknown)
+    return joined.drop("item_id"), items
+
+
+def _code_users(events: pl.DataFrame) -> tuple[pl.DataFrame, pl.Series]:
+    user_ids = events["user_id"].unique().sort()
+    codes = pl.DataFrame({"user_id": user_ids, "user": np.arange(len(user_ids), dtype=np.int32)})
+    return events.join(codes, on="user_id", how="left", maintain_order="left").drop("user_id"), user_ids
+
+
+def _drop_repeats(events: pl.DataFrame, where: str, warnings: list[str]) -> pl.DataFrame:
+    key = [name for name in ("user", "item", "timestamp") if name in events.columns]
+    once = events.unique(key, keep="last", maintain_order=True)
+    if count := events.height - once.height:
+        same = "user_id, item_id and timestamp" if "timestamp" in key else "user_id and item_id"
+        warnings.append(f"{where}: {count} duplicate rows (same {same}) dropped, the last of each kept")
+    return once
+
+
+def _sample(
+    events: pl.DataFrame, user_ids: pl.Series, count: int, seed: int, warnings: list[str]
+) -> tuple[pl.DataFrame, pl.Series]:
+    if count > len(user_ids):
+        warnings.append(f"data.sample_users: {count} asked for, {len(user_ids)} there: all kept")
+        return events, user_ids
+    kept = np.sort(drawn_order(len(user_ids), seed, "sample_users")[:count])
+    code = np.full(len(user_ids), -1, dtype=np.int32)
+    code[kept] = np.arange(count, dtype=np.int32)
+    events = events.with_columns(user=pl.Series(code[events["user"].to_numpy()])).filter(pl.col("user") >= 0)
+    return events, user_ids.gather(kept)
+
+
+def _check_classes(label: pl.Series, where: str, data: Data) -> None:
+    if label.n_unique() == 1:
+        todo = "" if data.like_at is None else f": change data.like_at, which is {data.like_at:g}"
+        raise DataError(f"{where}: all {len(label)} rows have label {label[0]}; expected both 0 and 1{todo}")
+
+
+def _fingerprint(events: pl.DataFrame, user_ids: pl.Series, items: pl.DataFrame) -> str:
+    digest = hashlib.sha256()
+    columns = [events[name] for name in sorted(events.columns)]
+    columns += [user_ids.alias("user_id"), *(items[name].alias(f"items.{name}") for name in sorted(items.columns))]
+    for column in columns:
+        digest.update(f"{column.name}:{len(column)};".encode())
+        coded = column.name in ("user", "item", "label", "timestamp", "rating")
+        for start in range(0, len(column), HASHED_ROWS):
+            part = column.slice(start, HASHED_ROWS)
+            if coded:
+                array = part.to_numpy()
+                digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+            else:  # as text, so that a year is the same from a CSV and from a Parquet file
+                text = part.cast(pl.String)
+                lengths = text.str.len_bytes().cast(pl.Int64).fill_null(-1).to_numpy()
+                digest.update(lengths.astype("<i8", copy=False).tobytes())
+                digest.update("".join(text.fill_null("").to_list()).encode())
+    return digest.hexdigest()

@@ -1,0 +1,224 @@
+"""Which rows train, which choose the checkpoint (valid) and which are reported (test): every row is in exactly one.
+
+Also the table that everything downstream reads: plain arrays, sorted by user and time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from peftrec import config
+from peftrec.errors import DataError
+from peftrec.interactions import Interactions, drawn_order
+
+SPLITS = ("train", "valid", "test")
+TRAIN, VALID, TEST = range(3)
+
+# What a column that gives the split may call them, in lower case.
+NAMES = {
+    "train": TRAIN,
+    "training": TRAIN,
+    "valid": VALID,
+    "validation": VALID,
+    "val": VALID,
+    "dev": VALID,
+    "test": TEST,
+}
+
+
+@dataclass(frozen=True)
+class Log:
+    """All events, sorted by user, then time, then the order of the source.
+
+    Attributes:
+        user: Row of `user_ids` (n,), int32.
+        item: Row of `items` (n,), int32; -1 for prompt records.
+        timestamp: Seconds (n,), int64; row numbers where the source has no times.
+        label: 0 or 1 (n,), int8.
+        rating: The rating behind the label (n,), float32, or None where the source gives labels.
+        split: 0 train, 1 valid, 2 test (n,), int8; the names are `SPLITS`.
+        user_ids: Original user ids (number of users,).
+        items: The items table; `item_id` holds the original ids.
+        prompts: `instruction` and `input` (n rows) for prompt records, else None.
+    """
+
+    user: np.ndarray
+    item: np.ndarray
+    timestamp: np.ndarray
+    label: np.ndarray
+    rating: np.ndarray | None
+    split: np.ndarray
+    user_ids: pl.Series
+    items: pl.DataFrame
+    prompts: pl.DataFrame | None = None
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+
+def split(interactions: Interactions, how: config.Split, seed: int) -> Log:
+    """Sort the events and give each its split.
+
+    A split that the source gives itself (a column, or one file each for train, valid and test) is used whatever `how`
+    says.
+
+    Raises:
+        DataError: If a split comes out empty, or train or test with one class only.
+    """
+    events = interactions.events
+    user, time = (events[name].to_numpy() for name in ("user", "timestamp"))
+    order = np.lexsort((time, user))  # stable: rows of one user and time stay in the order of the source
+    user, time = user[order], time[order]
+    item, label = (events[name].to_numpy()[order] for name in ("item", "label"))
+    kind: str = how.kind
+    if "split" in events.columns:
+        parts = by_name(events["split"])[order]
+        kind = "given"
+    elif how.kind == "temporal":
+        parts = temporal(time, how.valid, how.test)
+    elif how.kind == "leave_last_out":
+        parts = leave_last_out(user, time)
+    elif how.kind == "kfold":
+        parts = kfold(len(user), how.folds, how.fold, how.valid, seed)
+    elif how.kind == "cold_item":
+        if interactions.items.is_empty():
+            raise DataError(f"{interactions.name}: prompt records name no items; a cold_item split needs them")
+        parts = cold(item, how.valid, how.test, seed, "items")
+    elif how.kind == "cold_user":
+        parts = cold(user, how.valid, how.test, seed, "users")
+    else:
+        raise DataError(f"{interactions.name}: no split column was read; set data.split.column")
+    _check(parts, label, interactions.name, kind)
+    records = "instruction" in events.columns
+    return Log(
+        user=user,
+        item=item,
+        timestamp=time,
+        label=label,
+        rating=events["rating"].to_numpy()[order] if "rating" in events.columns else None,
+        split=parts,
+        user_ids=interactions.user_ids,
+        items=interactions.items,
+        prompts=events.select("instruction", "input")[order] if records else None,
+    )
+
+
+def temporal(time: np.ndarray, valid: float, test: float) -> np.ndarray:
+    """Cut all events at two moments: train is (-inf, v), valid [v, t), test [t, inf).
+
+    The moments are timestamps of events, at the quantiles that the shares ask for. Events of one timestamp are never
+    cut apart: they go to the later side, so that valid and test hold at least their share.
+
+    Args:
+        time: Seconds (n,).
+        valid: Share of the events in valid.
+        test: Share of the events in test.
+    """
+    ordered = np.sort(time)
+    n = len(ordered)
+    first_test = min(n - 1, n - round(test * n))
+    first_valid = max(0, min(n - 1, n - round((valid + test) * n)))
+    parts = np.full(n, TRAIN, dtype=np.int8)
+    parts[time >= ordered[first_valid]] = VALID
+    parts[time >= ordered[first_test]] = TEST
+    return parts
+
+
+def leave_last_out(user: np.ndarray, time: np.ndarray) -> np.ndarray:
+    """Each user's last moment is test, the moment before it valid, all before that train.
+
+    A moment is one timestamp with all of the user's events in it: which of them came last cannot be known. Users with
+    fewer than three moments stay in train. Splits are in order for each user, not over all of them.
+
+    Args:
+        user: User codes (n,), sorted.
+        time: Seconds (n,), sorted within each user.
+    """
+    starts_user = np.r_[True, user[1:] != user[:-1]]
+    moment = np.cumsum(starts_user | np.r_[True, time[1:] != time[:-1]]) - 1
+    first = moment[starts_user]
+    last = np.r_[first[1:], moment[-1] + 1] - 1
+    row_user = np.cumsum(starts_user) - 1
+    enough = (last - first >= 2)[row_user]
+    parts = np.full(len(user), TRAIN, dtype=np.int8)
+    parts[enough & (moment == last[row_user] - 1)] = VALID
+    parts[enough & (moment == last[row_user])] = TEST
+    return parts
+
+
+def kfold(n: int, folds: int, fold: int, valid: float, seed: int) -> np.ndarray:
+    """Random folds of rows: `fold` is test, and a share `valid` of the rest is valid.
+
+    The folds differ in size by one row at most, and are the same whichever of them is the test. What a model learns
+    from may be later than what it is tested on: this is the protocol of much published work, not of a system in use.
+    """
+    order = drawn_order(n, seed, "kfold")
+    parts = np.full(n, TRAIN, dtype=np.int8)
+    fold_of = np.arange(n) * folds // n  # by position in the drawn order
+    parts[order[fold_of == fold]] = TEST
+    rest = order[fold_of != fold]
+    parts[rest[drawn_order(len(rest), seed, "kfold valid")[: round(valid * len(rest))]]] = VALID
+    return parts
+
+
+def cold(code: np.ndarray, valid: float, test: float, seed: int, purpose: str) -> np.ndarray:
+    """Hold out users or items with all of their events: shares of them, at least one each, are valid and test.
+
+    Args:
+        code: User or item code of each event (n,).
+        valid: Share of the users or items in valid.
+        test: Share of the users or items in test.
+        seed: Draws them.
+        purpose: `users` or `items`, so that one seed does not draw both alike.
+    """
+    present = np.unique(code)
+    drawn = present[drawn_order(len(present), seed, f"cold {purpose}")]
+    tests, valids = (max(1, round(share * len(present))) for share in (test, valid))
+    part_of = np.full(int(present[-1]) + 1, TRAIN, dtype=np.int8)
+    part_of[drawn[:tests]] = TEST
+    part_of[drawn[tests : tests + valids]] = VALID
+    return np.take(part_of, code)
+
+
+def by_name(column: pl.Series) -> np.ndarray:
+    """A split that the rows name themselves: train, valid or test, in any case; validation, val and dev are valid.
+
+    Raises:
+        DataError: If a row has another name or none.
+    """
+    names = column.str.strip_chars().str.to_lowercase()
+    parts = names.replace_strict(NAMES, default=None, return_dtype=pl.Int8)
+    if parts.null_count():
+        unknown = column.filter(parts.is_null()).unique().sort()
+        shown = ", ".join("nothing" if name is None else repr(name) for name in unknown.head(5))
+        raise DataError(
+            f"data.split.column: {parts.null_count()} rows have {shown}; expected train, valid or test in every row"
+        )
+    return parts.to_numpy()
+
+
+def _check(parts: np.ndarray, label: np.ndarray, where: str, kind: str) -> None:
+    counts = np.bincount(parts, minlength=3)
+    sizes = ", ".join(f"{name} {count}" for name, count in zip(SPLITS, counts, strict=True))
+    for part, name in enumerate(SPLITS):
+        found = ""
+        if counts[part] == 0:
+            found = f"{name} is empty"
+        # A valid set of one class still has a loss; without both classes there is nothing to learn or to report.
+        elif part != VALID and len(classes := np.unique(label[parts == part])) == 1:
+            found = f"all {counts[part]} rows of {name} have label {classes[0]}"
+        if found:
+            raise DataError(f"{where}: {found} after a {kind} split ({sizes}); expected both labels: {_TODO[kind]}")
+
+
+_TODO = {
+    "temporal": "change data.split.valid and data.split.test, or see whether too many rows share a timestamp",
+    "leave_last_out": "it needs users with events at three times or more; data.split.kind=temporal does not",
+    "kfold": "change data.split.folds or data.split.valid, or bring more rows",
+    "cold_user": "change data.split.valid and data.split.test, or bring more users",
+    "cold_item": "change data.split.valid and data.split.test, or bring more items",
+    "given": "give it rows of both in the source, or let data.split.kind choose",
+}

@@ -321,7 +321,7 @@ def _iso_seconds(column: pl.Series) -> pl.Series:
     # Only a time of day can carry a zone, so that the "-05" of 2024-05-05 is not taken for one.
     timed = text.str.contains(":")
     plain = (
-        text.str.replace("T", " ")
+        text.str.replace(r"^(\d{4}-\d{2}-\d{2})T", "$1 ")
         .str.replace(r"(Z| UTC)$", "")
         .pipe(lambda t: pl.when(timed).then(t.str.replace(r"[+-]\d{2}:?\d{2}$", "")).otherwise(t + " 00:00:00"))
         .str.replace(r"^(\d{4}-\d{2}-\d{2} \d{2}:\d{2})$", "$1:00")

@@ -69,10 +69,9 @@ def split(interactions: Interactions, how: config.Split, seed: int) -> Log:
         DataError: If a split comes out empty, or train or test with one class only.
     """
     events = interactions.events
-    user, time = (events[name].to_numpy() for name in ("user", "timestamp"))
-    order = np.lexsort((time, user))  # stable: rows of one user and time stay in the order of the source
-    user, time = user[order], time[order]
-    item, label = (events[name].to_numpy()[order] for name in ("item", "label"))
+    # The row number as last key keeps rows of one user and time in the order of the source.
+    order = events.select("user", "timestamp").with_row_index("row").sort("user", "timestamp", "row")["row"].to_numpy()
+    user, time, item, label = (events[name].to_numpy()[order] for name in ("user", "timestamp", "item", "label"))
     kind: str = how.kind
     if "split" in events.columns:
         parts = by_name(events["split"])[order]

@@ -1,0 +1,231 @@
+"""fit(): transformers.Trainer with our loss, our evaluation and our way to save; everything else is the library's.
+
+Resume, best checkpoint, early stopping, trackers, accumulation and distribution are Trainer's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from peftrec import adapters, config, scorer
+from peftrec.timeline import WindowDataset, collate
+
+ScoresToMetrics = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # (rows, scores with prior) -> metrics
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training was and what it cost."""
+
+    seconds: float  # of training alone, validation passes left out
+    events: int  # learned from, repetitions counted
+    tokens: int
+    steps: int
+    best_step: int | None
+    log: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def events_per_second(self) -> float:
+        """Events learned a second of training."""
+        return self.events / self.seconds if self.seconds else math.nan
+
+
+def score(model: Any, data: WindowDataset, *, description: str, accelerator: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """Score every read row of `data` once, over all processes: (rows, model's log-odds without the prior), row order.
+
+    Args:
+        model: base or PEFT model with an answer head.
+        data: packed rows.
+        description: what the progress bar says.
+        accelerator: shards the rows over its processes; None is one process.
+    """
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    mine = range(rank, len(data), world)
+    with tqdm(total=data.events, desc=description, unit=" events", disable=rank > 0, leave=False) as bar:
+        scores = scorer.score_rows(model, data, mine, progress=lambda n: bar.update(n * world))
+    if world > 1:
+        from accelerate.utils import gather_object
+
+        scores = dict(gather_object(list(scores.items())))
+    rows = np.fromiter(sorted(scores), dtype=np.int64, count=len(scores))
+    return rows, np.fromiter((scores[row] for row in rows.tolist()), dtype=np.float32, count=len(rows))
+
+
+class WindowTrainer(Trainer):  # type: ignore[misc]
+    """Trainer over packed windows: the loss is a mean over *events*, and validation counts every row once."""
+
+    def __init__(self, *args: Any, to_metrics: ScoresToMetrics, **kwargs: Any) -> None:
+        super().__init__(*args, data_collator=collate, **kwargs)
+        self.model_accepts_loss_kwargs = True  # so that Trainer counts the labels of a whole optimizer step
+        self.loss_is_scaled_for_ga = True
+        self.to_metrics = to_metrics
+        self.evaluation_seconds = 0.0
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Sum over this batch's events divided by the step's events over all processes."""
+        del return_outputs
+        loss = scorer.interaction_loss(model, inputs, self.model.dtype, num_items_in_batch)
+        return loss * self.accelerator.num_processes  # DDP averages gradients over processes; the sum is wanted
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Score the validation rows and report their metrics."""
+        begin = time.perf_counter()
+        model = self.accelerator.unwrap_model(self.model)
+        rows, scores = score(model, self.eval_dataset, description="valid", accelerator=self.accelerator)
+        metrics = self.to_metrics(rows, scores + self.eval_dataset.prior[rows])
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.evaluation_seconds += time.perf_counter() - begin
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        del state_dict
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            adapters.save(self.accelerator.unwrap_model(self.model), folder)
+            torch.save(self.args, folder / "training_args.bin")
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """One bar over optimizer steps with rate and time left, and one line for each validation."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar where a resumed run stands."""
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit=" steps")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Show the loss on the bar and validation metrics on a line of their own."""
+        if self.bar is None or not logs:
+            return
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.4f}")
+        valid = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+        if valid:
+            figures = "  ".join(f"{key} {value:.4f}" for key, value in valid.items())
+            self.bar.write(f"step {state.global_step}: valid {figures}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def fit(
+    model: Any,
+    train_data: WindowDataset,
+    valid_data: WindowDataset,
+    to_metrics: ScoresToMetrics,
+    *,
+    train: config.Train,
+    folder: Path,
+    seed: int,
+    resume: bool = False,
+) -> Fitted:
+    """Train the adapter on `train_data`; afterwards the model holds the best validated weights.
+
+    Args:
+        model: PEFT model with an answer head, changed in place.
+        train_data: packed training windows.
+        valid_data: packed validation windows.
+        to_metrics: turns validated rows and scores into metrics; `loss` must be among them.
+        train: the recipe's section.
+        folder: checkpoints go to `folder/checkpoint-N`.
+        seed: of data order and dropout.
+        resume: continue from the newest whole checkpoint in `folder` if there is one.
+    """
+    steps = total_steps(train, len(train_data))
+    every = max(1, steps // max(1, train.evals))
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=train.num_train_epochs,
+        max_steps=train.max_steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        per_device_train_batch_size=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        gradient_checkpointing=train.gradient_checkpointing,
+        torch_compile=train.torch_compile,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=train.metric_for_best_model,
+        logging_steps=train.logging_steps,
+        report_to=train.report_to,
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = WindowTrainer(
+        model=model, args=arguments, train_dataset=train_data, eval_dataset=valid_data, to_metrics=to_metrics
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress())
+    if train.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(train.early_stopping_patience))
+    begin = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_newest_checkpoint(folder) if resume else None)
+    seconds = time.perf_counter() - begin - trainer.evaluation_seconds
+    passes = trainer.state.global_step / max(1, steps_per_epoch(train, len(train_data)))
+    return Fitted(
+        seconds=seconds,
+        events=round(train_data.events * passes),
+        tokens=round(train_data.tokens * passes),
+        steps=trainer.state.global_step,
+        best_step=trainer.state.best_global_step,
+        log=trainer.state.log_history,
+    )
+
+
+def steps_per_epoch(train: config.Train, rows: int) -> int:
+    """Optimizer steps in one pass over `rows` packed rows on this process group."""
+    from accelerate import PartialState
+
+    batches = math.ceil(rows / (train.per_device_train_batch_size * PartialState().num_processes))
+    return max(1, math.ceil(batches / train.gradient_accumulation_steps))
+
+
+def total_steps(train: config.Train, rows: int) -> int:
+    """Optimizer steps of the whole run."""
+    if train.max_steps > 0:
+        return train.max_steps
+    return max(1, math.ceil(train.num_train_epochs * steps_per_epoch(train, rows)))
+
+
+def _newest_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end: `trainer_state.json` is what Trainer writes last."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None

@@ -13,6 +13,10 @@ it without a traceback and exits with 2.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PeftrecError(Exception):
     """Root of every error that is the caller's to mend."""
@@ -43,3 +47,13 @@ class MissingExtra(PeftrecError):
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(f"{feature}: needs an optional dependency; install it with: pip install 'peftrec[{extra}]'")
+
+
+@contextmanager
+def as_one_line() -> Iterator[None]:
+    """Turn a PeftrecError into its line on stderr and exit status 2; programs wrap their main function in it."""
+    try:
+        yield
+    except PeftrecError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None

@@ -244,6 +244,11 @@ class TimelineWindows:
         """Read positions in all windows together."""
         return int(self.sight.read.sum())
 
+    def events_of(self, index: int) -> np.ndarray:
+        """The log's rows of one window's events, in reading order."""
+        window = self.windows[index]
+        return self.sight.row[np.concatenate((self._seen[slice(*window.context)], np.arange(window.start, window.stop)))]
+
     def arrays(self, index: int) -> dict[str, np.ndarray]:
         """One window as arrays of length T.
 

@@ -5,6 +5,7 @@ Resume, best checkpoint, early stopping, trackers, accumulation and distribution
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from peftrec import adapters, config, scorer
 from peftrec.timeline import WindowDataset, collate
@@ -29,7 +30,7 @@ ScoresToMetrics = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # (rows,
 class Fitted:
     """What training was and what it cost."""
 
-    seconds: float  # of training alone, validation passes left out
+    seconds: float  # inside optimizer steps: validation passes and saving left out
     events: int  # learned from, repetitions counted
     tokens: int
     steps: int
@@ -71,7 +72,6 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the labels of a whole optimizer step
         self.loss_is_scaled_for_ga = True
         self.to_metrics = to_metrics
-        self.evaluation_seconds = 0.0
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -83,14 +83,12 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Score the validation rows and report their metrics."""
-        begin = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
         rows, scores = score(model, self.eval_dataset, description="valid", accelerator=self.accelerator)
         metrics = self.to_metrics(rows, scores + self.eval_dataset.prior[rows])
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.evaluation_seconds += time.perf_counter() - begin
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -100,6 +98,26 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
             folder.mkdir(parents=True, exist_ok=True)
             adapters.save(self.accelerator.unwrap_model(self.model), folder)
             torch.save(self.args, folder / "training_args.bin")
+
+
+class Clock(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Seconds inside optimizer steps; kept in checkpoints, so that a resumed run reports all of its time."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self._begin = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start."""
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop."""
+        self.seconds += time.perf_counter() - self._begin
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {"seconds": self.seconds}, "attributes": {}}
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
@@ -159,7 +177,7 @@ def fit(
         resume: continue from the newest whole checkpoint in `folder` if there is one.
     """
     steps = total_steps(train, len(train_data))
-    every = max(1, steps // max(1, train.evals))
+    every = max(1, steps // (train.evals or 4))
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=train.num_train_epochs,
@@ -173,13 +191,14 @@ def fit(
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         gradient_checkpointing=train.gradient_checkpointing,
         torch_compile=train.torch_compile,
-        eval_strategy="steps",
+        eval_strategy="steps" if train.evals else "no",
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
         save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model=train.metric_for_best_model,
+        load_best_model_at_end=train.evals > 0,
+        metric_for_best_model=train.metric_for_best_model if train.evals else None,
+        restore_callback_states_from_checkpoint=True,
         logging_steps=train.logging_steps,
         report_to=train.report_to,
         seed=seed,
@@ -194,11 +213,11 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress())
+    trainer.add_callback(Clock())
     if train.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(train.early_stopping_patience))
-    begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=_newest_checkpoint(folder) if resume else None)
-    seconds = time.perf_counter() - begin - trainer.evaluation_seconds
+    (seconds,) = (c.seconds for c in trainer.callback_handler.callbacks if isinstance(c, Clock))
     passes = trainer.state.global_step / max(1, steps_per_epoch(train, len(train_data)))
     return Fitted(
         seconds=seconds,
@@ -226,6 +245,15 @@ def total_steps(train: config.Train, rows: int) -> int:
 
 
 def _newest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: `trainer_state.json` is what Trainer writes last."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    """The newest checkpoint that was written to its end."""
+    found = [path for path in folder.glob("checkpoint-*") if _whole(path)]
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Whether `trainer_state.json`, which Trainer writes last, is there to its last brace."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,48 @@
+# make demo   fine-tune a small language model into a click predictor, measure it, and rank films for one person
+# make test   lint, types and every test
+# make lint   the first two of these
+# make clean  remove .venv and caches; runs/ stays
+#
+# All of them work in .venv, which is built when it is missing or older than pyproject.toml or constraints.txt.
+# Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := recipes/configs/ml-100k/click_lora_demo.yaml
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	@# accelerate gives a process one thread unless told; the number that PyTorch would choose is the right one.
+	@set -e; \
+	found=$$($(BIN)/python -c 'import torch; print("single_gpu" if torch.cuda.is_available() else "cpu", torch.get_num_threads())'); \
+	set -x; \
+	$(BIN)/accelerate launch --quiet --config_file recipes/accelerate/$${found% *}.yaml \
+	    --num_cpu_threads_per_process $${found#* } recipes/finetune.py --config $(DEMO)
+	@echo
+	@echo 'Next, with films that you know:'
+	@echo '  $(BIN)/peftrec recommend runs/ml-100k-click-lora-demo/adapter --history "Toy Story (1995):yes" "Heat (1995):no"'
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The stamp is written last, so that an install that was cut short is done again.
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $@
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "make: '$(PYTHON)' not found; expected Python 3.10 or newer: install it, or name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("make: $(PYTHON) is Python %d.%d; expected 3.10 or newer: install one, or name one with PYTHON=..." % sys.version_info[:2])'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

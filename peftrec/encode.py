@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from peftrec import config
+from peftrec.interactions import drawn_order
 from peftrec.prompts import ANSWER_MARK, LINE_END, Codec, Pieces, item_texts
 from peftrec.split import Log
 from peftrec.timeline import (
@@ -18,6 +19,7 @@ from peftrec.timeline import (
     training_sight,
 )
 
+Question = tuple[list[tuple[str, int]], str]  # history as texts and answers, and the candidate's text
 RECORD_TEMPLATE = "{instruction}" + LINE_END + "{input}" + LINE_END + "Answer" + ANSWER_MARK
 
 
@@ -55,6 +57,32 @@ class Encoder:
         return self._dataset(sight, prior, fill=True)
 
     @property
+    def template(self) -> str | None:
+        """The template in effect: the recipe's, or the default for prompt records."""
+        if self.prompt.template is None and self.log.prompts is not None:
+            return RECORD_TEMPLATE
+        return self.prompt.template
+
+    def example(self) -> Question:
+        """A short question as the prompt asks it; for prompt records the first one, whole."""
+        if self.log.prompts is not None:
+            return [], self._record_texts(np.zeros(1, dtype=np.int64))[0]
+        return self.questions_of(1, seed=0)[0]
+
+    def questions_of(self, n: int, seed: int) -> list[Question]:
+        """`n` events of the log drawn by `seed`, each with the texts and answers of at most six events before it."""
+        drawn = drawn_order(len(self.log), seed, "questions")[:n]
+        return [(self._past(row), self.texts[int(self.log.item[row])]) for row in drawn.tolist()]
+
+    def _past(self, row: int) -> list[tuple[str, int]]:
+        first = int(np.searchsorted(self.log.user, self.log.user[row]))
+        return [
+            (self.texts[int(self.log.item[i])], int(self.log.label[i]))
+            for i in range(max(first, row - 6), row)
+            if self.log.timestamp[i] < self.log.timestamp[row]
+        ]
+
+    @property
     def _liked(self) -> bool:
         return self.prompt.history == "liked"
 
@@ -88,7 +116,7 @@ class Encoder:
 
     def _record_texts(self, rows: np.ndarray) -> list[str]:
         assert self.log.prompts is not None
-        template = self.prompt.template or RECORD_TEMPLATE
+        template = self.template or ""
         picked = self.log.prompts[rows]
         pairs = zip(picked["instruction"].to_list(), picked["input"].to_list(), strict=True)
         return [template.format(instruction=instruction or "", input=text or "") for instruction, text in pairs]

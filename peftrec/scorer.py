@@ -140,11 +140,14 @@ def score_candidates(
     model.eval()
     device, past = model.device, len(history)
     cache = DynamicCache(config=model.config)
-    model(
-        input_ids=torch.as_tensor(history, device=device)[None].long(),
-        past_key_values=cache,
-        use_cache=True,
-    )
+    if past:
+        causal = torch.ones(1, past, past, dtype=torch.bool, device=device).tril()
+        model(
+            input_ids=torch.as_tensor(history, device=device)[None].long(),
+            attention_mask=_additive(causal, model.dtype),
+            past_key_values=cache,
+            use_cache=True,
+        )
     scores = np.empty(len(candidates.lengths), dtype=np.float32)
     for first, last in _chunks(candidates.lengths, chunk_tokens):
         begin, end = int(candidates.start[first]), int(candidates.start[last])
@@ -161,7 +164,7 @@ def score_candidates(
             past_key_values=cache,
             use_cache=True,
         ).logits
-        cache.crop(past)
+        cache.crop(begin - end)  # negative: so many tokens from the end
         ends = torch.as_tensor(candidates.start[first + 1 : last + 1] - begin - 1, device=device)
         scores[first:last] = log_odds(logits[0, ends]).float().cpu().numpy()
     return scores

@@ -1,0 +1,37 @@
+"""Tables of finished runs into docs/benchmarks.md and README.md, from what the runs recorded.
+
+    python benchmarks/runs.py demo runs/ml-100k-click-lora-demo
+    python benchmarks/runs.py main runs/ml-100k-click-lora
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from pages import PAGE, put
+
+from peftrec import record, report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("place", choices=["demo", "main"], help="whose markers")
+    parser.add_argument("run", help="output_dir of a finished run")
+    arguments = parser.parse_args()
+    facts = record.read_record(arguments.run)
+    comparison = report.compare_run(arguments.run)
+    train, adapter = facts.train, facts.adapter
+    cost = (
+        f"Training: {train['events']:,} events and {train['tokens']:,} tokens in {train['seconds'] / 60:.1f} minutes "
+        f"({train['events_per_second']:.1f} events, {train['tokens_per_second']:.0f} tokens a second) on "
+        f"{facts.hardware['cores']} cores of {facts.hardware['cpu']}; {adapter['trainable_parameters']:,} of "
+        f"{facts.model['parameters']:,} parameters; the adapter is {adapter['bytes'] / 1e6:.1f} MB; seed {facts.seed}."
+    )
+    text = f"{comparison.markdown()}\n{cost}"
+    put(arguments.place, text)
+    if arguments.place == "main":
+        put("main", text, PAGE.parent.parent / "README.md")
+
+
+if __name__ == "__main__":
+    main()

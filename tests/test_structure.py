@@ -29,6 +29,8 @@ ORDER = (
     "prompts",
     "metrics",
     "baselines",
+    "artifact",
+    "catalogue",
     "timeline",
     "attention",
     "backbone",

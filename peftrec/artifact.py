@@ -1,0 +1,284 @@
+"""`peftrec.json`: what a saved adapter needs to be asked again, as plain data that any program can read.
+
+It may come from a stranger. It is read as data of bounded size, every value is checked, templates may name columns and
+nothing else, and no file but `prior.json` beside it can be named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from peftrec import config
+from peftrec.baselines import Prior
+from peftrec.datasets import DATASETS
+from peftrec.errors import ModelError
+from peftrec.prompts import ANSWER_MARK, LINE_END, Codec
+from peftrec.schema import Check, Reader, show
+
+FORMAT = 1
+FILE: Final = "peftrec.json"
+PRIOR_FILE: Final = "prior.json"
+MOST_BYTES = {FILE: 1_000_000, PRIOR_FILE: 500_000_000}
+MOST_TOKENS = 1_000_000
+
+Name = Annotated[str, Check("text of at most 500 characters", lambda text: 0 < len(text) <= 500)]
+Tokens = Annotated[int, Check(f"a number of tokens up to {MOST_TOKENS:,}", lambda n: 1 <= n <= MOST_TOKENS)]
+Two = Check("two different values, first for not liked, then for liked", lambda a: len(a) == len(set(a)) == 2)
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """The prompt of a trained adapter: the recipe's, and what the tokenizer made of it."""
+
+    layout: Literal["timeline", "pointwise"]
+    header: str
+    """Text before the first event, line end included."""
+    item: config.Template
+    """An item as text, over the columns of the items table."""
+    answers: Annotated[list[str], Two]
+    answer_ids: Annotated[list[int], Two]
+    """The answers' tokens: the score is the second one's logit minus the first one's at the last token."""
+    max_tokens: Tokens
+    max_item_tokens: Tokens
+    """An item's text and the colon behind it are cut to this many tokens."""
+    line_end: str = LINE_END
+    bos: str | None = None
+    """Token that stands before everything, as text; null where the tokenizer has none."""
+    history: Literal["all", "liked"] = "all"
+    max_history: config.Count | None = None
+    template: config.Template | None = None
+    example: str = ""
+    """One short prompt up to the read position, `bos` included: tokenize it without adding special tokens."""
+
+    def text(self, history: Sequence[tuple[str, int]], item: str) -> str:
+        """The prompt as text, without `bos`, up to the position where the answer is read.
+
+        Args:
+            history: text and answer (0 or 1) of each event shown, oldest first.
+            item: text of the item in question.
+        """
+        lines = "".join(f"{text}{ANSWER_MARK}{self.answers[answer]}{self.line_end}" for text, answer in history)
+        if self.template is not None:
+            return self.template.format(history=lines, item=item)
+        return f"{self.header}{lines}{item}{ANSWER_MARK}"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model that the adapter was trained on; see `backbone.BaseModel`."""
+
+    name: Name
+    hub_id: Name
+    fingerprint: Name
+    parameters: config.Count
+    dtype: Literal["float32", "bfloat16", "float16"]
+    revision: Name | None = None
+    license: Name | None = None
+    note: Name | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the adapter was trained on: a data set's name or its file's, and the hash of its values."""
+
+    name: Name
+    sha256: Name
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question with the score that the adapter gave when it was saved.
+
+    Attributes:
+        history: text and answer (0 or 1) of each event, oldest first.
+        candidate: text of the item in question.
+        score: log-odds without the prior, from float32.
+    """
+
+    history: list[tuple[str, int]]
+    candidate: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Everything in `peftrec.json`."""
+
+    prompt: PromptFormat
+    base_model: Base
+    data: Source
+    peftrec_version: Name
+    task: Literal["click"] = "click"
+    like_at: float | None = None
+    """Rating from which an event counts as liked; null where the data had labels."""
+    prior: Literal["prior.json"] | None = None
+    seed: int = 13
+    probes: list[Probe] = field(default_factory=list)
+
+
+def describe(
+    recipe: config.Recipe,
+    codec: Codec,
+    base: Any,
+    *,
+    data_name: str,
+    data_sha256: str,
+    rated: bool,
+    max_item_tokens: int,
+    example: tuple[Sequence[tuple[str, int]], str],
+    template: str | None = None,
+    probes: Sequence[Probe] = (),
+) -> Artifact:
+    """The artifact of a finished run; no path of this machine gets into it.
+
+    Args:
+        recipe: the run's recipe.
+        codec: its prompt under the base model's tokenizer.
+        base: the run's `backbone.BaseModel`.
+        data_name: `Interactions.name`.
+        data_sha256: `Interactions.sha256`.
+        rated: whether labels were made from ratings by `like_at`.
+        max_item_tokens: where item texts were cut.
+        example: history and candidate of the example prompt, as in `PromptFormat.text`.
+        template: the template in effect where the recipe leaves it to a default (prompt records).
+        probes: questions with their scores.
+    """
+    named = DATASETS.get(recipe.data.name or "")
+    like_at = recipe.data.like_at if recipe.data.like_at is not None or named is None else named.like_at
+    prompt = PromptFormat(
+        layout=recipe.prompt.layout,
+        header=codec.header_text,
+        item=recipe.prompt.item,
+        answers=list(recipe.prompt.answers),
+        answer_ids=list(codec.answers),
+        max_tokens=recipe.prompt.max_tokens,
+        max_item_tokens=max_item_tokens,
+        bos=codec.tokenizer.bos_token,
+        history=recipe.prompt.history,
+        max_history=recipe.prompt.max_history,
+        template=template or recipe.prompt.template,
+    )
+    facts = {one.name: getattr(base, one.name) for one in dataclasses.fields(Base)}
+    history, item = example
+    text = prompt.text(history, item) if _asks_items(prompt.template) else item
+    return Artifact(
+        prompt=dataclasses.replace(prompt, example=(prompt.bos or "") + text),
+        base_model=Base(**{**facts, "name": _public(base.name), "hub_id": _public(base.hub_id)}),
+        data=Source(", ".join(_public(part) for part in data_name.split(", ")), data_sha256),
+        peftrec_version=version("peftrec"),
+        like_at=like_at if rated else None,
+        seed=recipe.seed,
+        probes=list(probes),
+    )
+
+
+def _asks_items(template: str | None) -> bool:
+    return template is None or "item" in config.placeholders(template)
+
+
+def _public(name: str) -> str:
+    """A Hub id or a data set's name as it is; of a path the last part only."""
+    path = Path(name).expanduser()
+    return path.name if path.is_absolute() or path.exists() else name
+
+
+def write(folder: str | Path, artifact: Artifact, prior: Prior | None) -> None:
+    """Write `peftrec.json` and, where there is a prior, `prior.json`; each appears whole or not at all."""
+    folder = Path(folder)
+    if prior is not None:
+        _replace(folder / PRIOR_FILE, prior.to_json())
+    complete = dataclasses.replace(artifact, prior=None if prior is None else PRIOR_FILE)
+    values = {"format": FORMAT, **dataclasses.asdict(complete)}
+    _replace(folder / FILE, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read(folder: str | Path) -> Artifact:
+    """Read and check `folder/peftrec.json`.
+
+    Raises:
+        ModelError: there is no such folder or file, or the file is not what `write` writes.
+    """
+    folder = Path(folder)
+    path = folder / FILE
+    if not path.is_file():
+        found = f"no {FILE} in it" if folder.is_dir() else "no such folder"
+        inner = folder / "adapter"
+        todo = f"use {inner}" if (inner / FILE).is_file() else "use RUN/adapter of a finished run"
+        raise ModelError(f"{folder}: {found}; expected a folder with an adapter that peftrec saved; {todo}")
+    try:
+        found_values = json.loads(_text(path), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not JSON ({error}); expected what peftrec wrote; fetch the adapter again") from None
+    if not isinstance(found_values, dict):
+        raise ModelError(f"{path}: {show(found_values)}; expected a JSON object; fetch the adapter again")
+    if (number := found_values.pop("format", None)) != FORMAT:
+        raise ModelError(f"{path}: format {show(number)}; this version reads format {FORMAT}; upgrade peftrec")
+    probes = found_values.pop("probes", [])
+    reader = Reader(Artifact, str(path))
+    artifact = reader.section(Artifact, found_values)
+    if reader.problems:
+        more = f" (and {len(reader.problems) - 1} more mistakes)" if len(reader.problems) > 1 else ""
+        raise ModelError(f"{reader.problems[0]}{more}; fetch the adapter again, or upgrade peftrec")
+    return dataclasses.replace(artifact, probes=_probes(probes, path))
+
+
+def _probes(values: Any, path: Path) -> list[Probe]:
+    try:
+        return [
+            Probe(
+                [(str(text), (0, 1).index(answer)) for text, answer in one["history"]],
+                str(one["candidate"]),
+                float(one["score"]),
+            )
+            for one in values
+        ]
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise ModelError(
+            f"{path}: probes: not a list of objects with history, candidate and score; fetch the adapter again"
+        ) from None
+
+
+def read_prior(folder: str | Path, artifact: Artifact) -> Prior | None:
+    """The prior beside `peftrec.json`, or None where the adapter has none.
+
+    Raises:
+        ModelError: the file is missing, too large, or not a prior.
+    """
+    if artifact.prior is None:
+        return None
+    path = Path(folder) / PRIOR_FILE
+    if not path.is_file():
+        raise ModelError(
+            f"{path}: no such file, though {FILE} names it; fetch the adapter again, or load without prior"
+        )
+    try:
+        return Prior.from_json(_text(path))
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ModelError(f"{path}: not JSON ({error}); fetch the adapter again") from None
+
+
+def _text(path: Path) -> str:
+    size, most = path.stat().st_size, MOST_BYTES[path.name]
+    if size > most:
+        raise ModelError(f"{path}: {size:,} bytes; expected at most {most:,}; fetch the adapter again")
+    return path.read_text(encoding="utf-8")
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")

@@ -1,0 +1,293 @@
+"""What people say -> items and answers: titles, ids and dicts are looked up in an items table, histories are parsed."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from peftrec import tables
+from peftrec.config import placeholders
+from peftrec.errors import DataError
+from peftrec.prompts import item_texts
+
+WORDS = {"yes": 1, "like": 1, "liked": 1, "true": 1, "no": 0, "dislike": 0, "disliked": 0, "false": 0}
+YEAR = re.compile(r"\s*\(\d{4}\)$")
+
+
+@dataclass(frozen=True)
+class Item:
+    """An item as it was meant.
+
+    Attributes:
+        text: what the model reads.
+        item_id: its id, or None where nobody gave one.
+        row: its row in the items table, or None where it is not there.
+        given: what was said, word for word.
+    """
+
+    text: str
+    item_id: Any
+    row: int | None
+    given: Any
+
+    @property
+    def key(self) -> Any:
+        """Equal for two items that are the same."""
+        return self.text.casefold() if self.row is None else self.row
+
+
+def read_items(source: Any, columns: Mapping[str, str] | None = None) -> pl.DataFrame:
+    """An items table: `item_id` and every column that a template could show.
+
+    Args:
+        source: a CSV, Parquet or JSONL file, a polars or a pandas frame.
+        columns: our name -> name in the table.
+
+    Raises:
+        DataError: it cannot be read, or has no `item_id`.
+    """
+    if isinstance(source, (str, Path)):
+        where = str(source)
+        frame = tables.collect(tables.scan(where), where)
+    elif isinstance(source, pl.DataFrame):
+        where, frame = "items", source
+    elif type(source).__module__.startswith("pandas"):
+        where, frame = "items", pl.from_pandas(source)
+    else:
+        raise DataError(f"items: {type(source).__name__}; expected the path of a table, or a polars or pandas frame")
+    names = tables.match_columns(frame.columns, where, columns or {}, ["item_id"], list(columns or {}), key="columns")
+    frame = frame.rename({theirs: ours for ours, theirs in names.items() if ours not in frame.columns})
+    frame = frame.with_columns(tables.parse_ids(frame["item_id"], where, "item_id").alias("item_id"))
+    shown = [column for name in frame.columns if (column := tables.showable(frame[name])) is not None]
+    frame = pl.DataFrame(shown)
+    if "title" in frame.columns:  # as in training, where an item without title does not exist
+        frame = frame.with_columns(pl.col("title").cast(pl.String))
+        frame = frame.filter(pl.col("title").str.strip_chars().fill_null("") != "")
+    return frame.unique("item_id", keep="first", maintain_order=True)
+
+
+class Catalogue:
+    """Finds items by id, title or text.
+
+    Args:
+        items: the items table, or None where there is none.
+        template: an item as text, over the table's columns.
+
+    Raises:
+        DataError: the template names a column that is not in the table.
+    """
+
+    def __init__(self, items: pl.DataFrame | None, template: str) -> None:
+        self.items, self.template = items, template
+        self._fields = placeholders(template)
+        self.texts: list[str] = [] if items is None else item_texts(items, template)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def at(self, row: int) -> Item:
+        """The item in a row of the table; `given` is the row as a dict."""
+        assert self.items is not None
+        given = self.items.row(row, named=True)
+        return Item(self.texts[row], given["item_id"], row, given)
+
+    def find(self, entry: Any, where: str) -> Item:
+        """The item that `entry` means.
+
+        Args:
+            entry: a title, an id, or a dict with `item_id`, `title` or the columns of the item template. A string is
+                an id if the table's ids are text and hold it, else a title, else (digits, where ids are numbers) an id.
+                A title that is not in the table is taken as it is.
+            where: what to call the entry in messages.
+
+        Raises:
+            DataError: an id that is not in the table, or nothing that could be read as an item.
+        """
+        if isinstance(entry, Mapping):
+            return self._from_dict(entry, where)
+        if isinstance(entry, str):
+            return self._from_text(entry, where)
+        if isinstance(entry, bool) or entry is None or isinstance(entry, (Sequence, float)):
+            raise DataError(f"{where}: {entry!r}; expected a title, an item id or a dict with one of them")
+        return self._table_item(self._known_id(entry, where), entry)
+
+    def _from_dict(self, entry: Mapping[str, Any], where: str) -> Item:
+        row: int | None = None
+        if entry.get("item_id") is not None:
+            row = self._rows.get(str(entry["item_id"]))
+        elif isinstance(entry.get("title"), str):
+            row = self._row_of_title(self._with_year(entry), where)
+        values = {**(self.items.row(row, named=True) if self.items is not None and row is not None else {}), **entry}
+        if all(values.get(name) is not None for name in self._fields) or row is not None:
+            given = {name: [values.get(name)] for name in dict.fromkeys([*self._fields, "item_id"])}
+            text = item_texts(pl.DataFrame(given, strict=False), self.template)[0]
+            return Item(text, values.get("item_id"), row, dict(entry))
+        if isinstance(entry.get("title"), str) and entry["title"].strip():
+            return Item(" ".join(self._with_year(entry).split()), entry.get("item_id"), None, dict(entry))
+        if entry.get("item_id") is not None:
+            self._known_id(entry["item_id"], where)
+        wanted = ", ".join(dict.fromkeys(["item_id", "title", *self._fields]))
+        raise DataError(f"{where}: {dict(entry)!r}; expected a dict with some of {wanted}")
+
+    @staticmethod
+    def _with_year(entry: Mapping[str, Any]) -> str:
+        title, year = str(entry["title"]), entry.get("year")
+        return title if year is None or YEAR.search(title) else f"{title} ({year})"
+
+    def _from_text(self, entry: str, where: str) -> Item:
+        text = " ".join(entry.split())
+        if not text:
+            raise DataError(f"{where}: an empty text; expected a title or an item id")
+        row = self._rows.get(entry) if not self._numeric_ids else None
+        if row is None:
+            row = self._row_of_title(text, where)
+        if row is None and self._numeric_ids and text.isdecimal():
+            row = self._known_id(text, where)
+        return Item(text, None, None, entry) if row is None else self._table_item(row, entry)
+
+    def _table_item(self, row: int, given: Any) -> Item:
+        assert self.items is not None
+        return Item(self.texts[row], self.items["item_id"][row], row, given)
+
+    def _known_id(self, item_id: Any, where: str) -> int:
+        if self.items is None:
+            raise DataError(
+                f"{where}: item id {item_id!r}, but there is no items table; give one (items=…), or a title"
+            )
+        row = self._rows.get(str(item_id))
+        if row is not None:
+            return row
+        near = get_close_matches(str(item_id), self._rows, n=3, cutoff=0.5)
+        shown = ", ".join(f"{self.items['item_id'][self._rows[one]]!r} {self.texts[self._rows[one]]}" for one in near)
+        raise DataError(
+            f"{where}: no item id {item_id!r} in the items table of {len(self)} items"
+            + (
+                f"; nearest are {shown}"
+                if near
+                else f"; ids look like {self.items['item_id'][0]!r}"
+                if len(self)
+                else ""
+            )
+        )
+
+    def _row_of_title(self, title: str, where: str) -> int | None:
+        key = title.casefold()
+        exact, bare = self._names
+        rows = exact.get(key) or bare.get(key)
+        if not rows:
+            return None
+        # One item under two ids cannot be told apart by any title: no warning could be acted on.
+        if len({self._label(row) for row in rows}) > 1:
+            meant = " or ".join(f"{self._label(row)!r}" for row in rows[:4])
+            warnings.warn(f"{where}: {title!r} may be {meant}; the first is taken; say which", stacklevel=2)
+        return rows[0]
+
+    def _label(self, row: int) -> str:
+        assert self.items is not None
+        values = self.items.row(row, named=True)
+        return self._with_year(values) if values.get("title") else self.texts[row]
+
+    @cached_property
+    def _numeric_ids(self) -> bool:
+        return self.items is not None and self.items["item_id"].dtype.is_integer()
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        """Id as text -> row."""
+        if self.items is None:
+            return {}
+        return {str(item_id): row for row, item_id in enumerate(self.items["item_id"].to_list())}
+
+    @cached_property
+    def _names(self) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+        """What an item may be called -> rows: its text, title or title with year; and its title without the year."""
+        exact: dict[str, list[int]] = {}
+        bare: dict[str, list[int]] = {}
+        for row, text in enumerate(self.texts):
+            label = self._label(row)
+            assert self.items is not None
+            title = str(self.items["title"][row]) if "title" in self.items.columns else label
+            for name in {" ".join(name.split()).casefold() for name in (text, label, title)}:
+                exact.setdefault(name, []).append(row)
+            bare.setdefault(YEAR.sub("", title).casefold(), []).append(row)
+        return exact, bare
+
+
+def read_history(history: Sequence[Any], like_at: float | None, answers: Sequence[str]) -> list[tuple[Any, int]]:
+    """Each entry's item, still as it was given, and its label (0 or 1).
+
+    An entry is text with an answer behind its last colon (`"Toy Story (1995):yes"`), a pair (item, answer), or a dict
+    with `label` or `rating` beside what names the item. An answer is yes or no, like or dislike, true or false, one of
+    the prompt's own answers, or a number. Numbers are labels where all of them are 0 or 1, else ratings, which are
+    liked from `like_at` on.
+
+    Raises:
+        DataError: an entry without answer, or with one that is none of these.
+    """
+    if isinstance(history, (str, Mapping)):
+        raise DataError(f"history: {history!r}; expected a list of entries; put it in a list")
+    own = {answer.strip().casefold(): label for label, answer in enumerate(answers)}
+    split = [_answer(entry, {**WORDS, **own}, f"history[{i}]") for i, entry in enumerate(history)]
+    numbers = [answer.value for _, answer in split if not answer.is_label]
+    as_labels = all(value in (0, 1) for value in numbers)
+    events = []
+    for i, (item, answer) in enumerate(split):
+        if answer.is_label or (as_labels and not answer.is_rating):
+            events.append((item, int(answer.value)))
+            continue
+        if like_at is None:
+            raise DataError(
+                f"history[{i}]: rating {answer.value:g}, but the adapter was trained on labels; say yes or no"
+            )
+        events.append((item, int(answer.value >= like_at)))
+    return events
+
+
+@dataclass(frozen=True)
+class _Answer:
+    value: float
+    is_label: bool = False
+    is_rating: bool = False
+
+
+def _answer(entry: Any, words: Mapping[str, int], where: str) -> tuple[Any, _Answer]:
+    expected = "expected 'title:yes' or 'title:no', a pair (title, 'yes'), or a dict with title and label or rating"
+    if isinstance(entry, str):
+        item, colon, text = entry.rpartition(":")
+        answer = _parsed(text, words)
+        if not colon or not item.strip() or answer is None:
+            found = "no answer behind a colon" if answer is None else "no title before the answer"
+            raise DataError(f"{where}: {entry!r} has {found}; {expected}")
+        return item.strip(), answer
+    if isinstance(entry, Mapping):
+        rating, label = entry.get("rating"), entry.get("label")
+        answer = _parsed(label if label is not None else rating, words)
+        if answer is not None and label is not None and (answer.is_label or answer.value in (0, 1)):
+            return entry, _Answer(answer.value, is_label=True)
+        if answer is not None and label is None and not answer.is_label:
+            return entry, _Answer(answer.value, is_rating=True)
+    elif isinstance(entry, (tuple, list)) and len(entry) == 2:
+        answer = _parsed(entry[1], words)
+        if answer is not None:
+            return entry[0], answer
+    raise DataError(f"{where}: {entry!r}; {expected}")
+
+
+def _parsed(value: Any, words: Mapping[str, int]) -> _Answer | None:
+    if isinstance(value, bool):
+        return _Answer(int(value), is_label=True)
+    if isinstance(value, str) and value.strip().casefold() in words:
+        return _Answer(words[value.strip().casefold()], is_label=True)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return _Answer(number) if abs(number) < float("inf") else None

@@ -1,0 +1,336 @@
+"""Recommender: a saved adapter on its base model, asked about people and items by their names.
+
+r = Recommender.from_pretrained("runs/ml-100k-click-lora/adapter")
+r.score(["Toy Story (1995):yes", "GoldenEye (1995):no"], ["Heat (1995)", "Babe (1995)"])
+r.rank(["Toy Story (1995):yes"], k=10)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peftrec import adapters, artifact, backbone, config, scorer
+from peftrec.baselines import Prior
+from peftrec.catalogue import Catalogue, Item, read_history, read_items
+from peftrec.datasets import DATASETS
+from peftrec.errors import DataError, ModelError
+from peftrec.prompts import Codec, Pieces
+from peftrec.timeline import PromptWindows, WindowDataset
+
+Floats = npt.NDArray[np.float64]
+
+UNKNOWN = "\0"  # stands for an item without id: no table holds it, so the prior takes the mean
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One ranked item.
+
+    Attributes:
+        item: the candidate as it was given; the items table's row as a dict where the whole table was ranked.
+        title: the item as the model reads it.
+        score: log-odds that the person likes it.
+    """
+
+    item: Any
+    title: str
+    score: float
+
+    @property
+    def probability(self) -> float:
+        """Chance that the person likes it."""
+        return float(_sigmoid(np.asarray(self.score)))
+
+
+@dataclass(frozen=True)
+class Event:
+    """One entry of a history, as it was understood."""
+
+    item: Item
+    label: int
+
+
+class Recommender:
+    """Scores and ranks items for a person by that person's history.
+
+    Most people want `from_pretrained`; the constructor takes parts that are already loaded.
+
+    A history is a list, oldest first, and may be empty. Its entries are `"Toy Story (1995):yes"`, pairs such as
+    `("Toy Story (1995)", "yes")` or `(1, 0)`, or dicts with `label` or `rating`: see `catalogue.read_history`. Titles
+    and ids are looked up in the items table: see `catalogue.Catalogue.find`. Its oldest events are left out where it is
+    longer than the prompt.
+
+    Args:
+        about: the adapter's `peftrec.json`.
+        model: base model with adapter and answer head.
+        tokenizer: the base model's.
+        items: the items table, or None.
+        prior: what is added to the model's score, or None.
+
+    Raises:
+        ModelError: the tokenizer gives the answers other ids than the adapter was trained with.
+        DataError: the items table lacks a column that the prompt shows.
+    """
+
+    def __init__(
+        self, about: artifact.Artifact, model: Any, tokenizer: Any, *, items: Any = None, prior: Prior | None = None
+    ) -> None:
+        self.artifact, self.model, self.prior = about, model, prior
+        self.prompt = about.prompt
+        self.codec = Codec(tokenizer, self.prompt.header, self.prompt.answers)
+        if self.codec.answers != self.prompt.answer_ids or (tokenizer.bos_token or None) != self.prompt.bos:
+            raise ModelError(
+                f"tokenizer: answers {self.prompt.answers} are the tokens {self.codec.answers} behind "
+                f"{tokenizer.bos_token!r}; the adapter was trained with {self.prompt.answer_ids} behind "
+                f"{self.prompt.bos!r}; load it on the base model that it names, {about.base_model.hub_id}"
+            )
+        self.catalogue = Catalogue(items, self.prompt.item)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        items: Any = None,
+        columns: dict[str, str] | None = None,
+        base_model: str | Path | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        prior: bool = True,
+        strict: bool = False,
+    ) -> Recommender:
+        """Load an adapter that peftrec saved.
+
+        Args:
+            folder: the adapter's folder, RUN/adapter.
+            items: the items table (a file, a polars or a pandas frame); None takes that of the data set that the
+                adapter was trained on where peftrec knows it by name, else there is none.
+            columns: our name -> name in the items table.
+            base_model: a folder, Hub id or packaged model to use instead of the one that the adapter names.
+            device: as in torch; None is the GPU if there is one.
+            dtype: of the base weights, float32, bfloat16 or float16; None is that of the training.
+            prior: whether the saved prior is added to the model's score.
+            strict: refuse a base model with other weights than those of the training; else only warn.
+
+        Raises:
+            ModelError: no adapter in the folder, or it does not fit the base model.
+            AssetError: a packaged base model or a named data set cannot be fetched.
+            DataError: the items table cannot be used.
+        """
+        about = artifact.read(folder)
+        saved_prior = artifact.read_prior(folder, about) if prior else None
+        table = _items(items, columns, about)
+        loaded = _load_base(about, base_model, dtype)
+        _check_fingerprint(about, loaded.base, strict)
+        model = adapters.load(scorer.answer_only(loaded.model, about.prompt.answer_ids), folder)
+        if device is not None:
+            model = model.to(device)
+        return cls(about, model, loaded.tokenizer, items=table, prior=saved_prior)
+
+    def score(self, history: Sequence[Any], candidates: Sequence[Any]) -> Floats:
+        """Log-odds that the person likes each candidate, (number of candidates,).
+
+        A candidate's score depends neither on the other candidates nor on their order.
+
+        Args:
+            history: what the person met, oldest first.
+            candidates: titles, item ids or dicts. For an adapter of ready-made prompts: dicts with `instruction` and
+                `input`, and no history.
+
+        Raises:
+            DataError: an entry that cannot be read, or an item id that is not in the items table.
+        """
+        if self._own_prompts:
+            return self._score_records(history, candidates)
+        return self._score_items(self.events(history), self._find(candidates))
+
+    def probability(self, history: Sequence[Any], candidates: Sequence[Any]) -> Floats:
+        """Chance that the person likes each candidate, (number of candidates,); otherwise as `score`."""
+        return _sigmoid(self.score(history, candidates))
+
+    def rank(
+        self,
+        history: Sequence[Any],
+        candidates: Sequence[Any] | None = None,
+        k: int = 10,
+        exclude_seen: bool = True,
+    ) -> list[Recommendation]:
+        """The `k` best candidates, best first.
+
+        Args:
+            history: what the person met, oldest first.
+            candidates: as in `score`; None is the whole items table.
+            k: how many; fewer where there are fewer candidates.
+            exclude_seen: leave out what is in the history.
+
+        Raises:
+            DataError: as `score`, or neither candidates nor an items table are given.
+        """
+        if k < 1:
+            raise DataError(f"k: {k}; expected a whole number from 1")
+        if self._own_prompts:
+            assert candidates is not None
+            scores = self._score_records(history, candidates)
+            found = [Item(str(one.get("input", "")), None, None, one) for one in candidates]
+        else:
+            events = self.events(history)
+            seen = {event.item.key for event in events} if exclude_seen else set()
+            found = [item for item in self._all_items(candidates) if item.key not in seen]
+            scores = self._score_items(events, found)
+        best = np.argsort(-scores, kind="stable")[:k]
+        return [Recommendation(found[i].given, found[i].text, float(scores[i])) for i in best]
+
+    def events(self, history: Sequence[Any]) -> list[Event]:
+        """The history as it is understood: which items were meant, and whether each was liked.
+
+        Raises:
+            DataError: an entry that cannot be read.
+        """
+        entries = read_history(history, self.artifact.like_at, self.prompt.answers)
+        found = [(self.catalogue.find(entry, f"history[{i}]"), label) for i, (entry, label) in enumerate(entries)]
+        return [Event(item, label) for item, label in found]
+
+    def _find(self, candidates: Sequence[Any]) -> list[Item]:
+        if isinstance(candidates, (str, dict)):
+            raise DataError(f"candidates: {candidates!r}; expected a list; put it in a list")
+        return [self.catalogue.find(entry, f"candidates[{i}]") for i, entry in enumerate(candidates)]
+
+    def _all_items(self, candidates: Sequence[Any] | None) -> list[Item]:
+        if candidates is not None:
+            return self._find(candidates)
+        if not len(self.catalogue):
+            raise DataError("candidates: none given, and there is no items table to rank; give candidates or items")
+        return [self.catalogue.at(row) for row in range(len(self.catalogue))]
+
+    # --- scoring ------------------------------------------------------------------------------------------------------
+
+    def _score_items(self, events: Sequence[Event], candidates: Sequence[Item]) -> Floats:
+        shown = [event for event in events if self.prompt.history == "all" or event.label == 1]
+        if self.prompt.max_history is not None:
+            shown = shown[max(0, len(shown) - self.prompt.max_history) :]
+        if not candidates:
+            return np.zeros(0)
+        from_model = self._score_templated if self.prompt.template is not None else self._score_timeline
+        return from_model(shown, [item.text for item in candidates]) + self._prior_scores(events, candidates)
+
+    def _prior_scores(self, events: Sequence[Event], candidates: Sequence[Item]) -> Floats:
+        """The prior knows the whole history, also what the prompt leaves out."""
+        if self.prior is None:
+            return np.zeros(len(candidates))
+        return self.prior.scores(
+            [_prior_id(event.item) for event in events],
+            [event.label for event in events],
+            [_prior_id(item) for item in candidates],
+        )
+
+    def _score_timeline(self, shown: Sequence[Event], candidates: Sequence[str]) -> Floats:
+        """The history once, all candidates behind it."""
+        asked = self._questions([event.item.text for event in shown])
+        lines = [[*ids, *self.codec.tail(event.label)] for ids, event in zip(asked, shown, strict=True)]
+        # Room for the longest candidate that could be: what one candidate sees must not depend on the others.
+        room = self.prompt.max_tokens - len(self.codec.header) - self.prompt.max_item_tokens - len(self.codec.tail(0))
+        kept = _newest([len(line) for line in lines], room)
+        history = [*self.codec.header, *(token for line in lines[len(lines) - kept :] for token in line)]
+        pieces = Pieces.of(self._questions(candidates))
+        scores = scorer.score_candidates(self.model, self.codec, np.asarray(history, dtype=np.int64), pieces)
+        return scores.astype(np.float64)
+
+    def _score_templated(self, shown: Sequence[Event], candidates: Sequence[str]) -> Floats:
+        """One prompt for each candidate, with as many of the newest events as fit."""
+        tail = len(self.codec.tail(0))
+        lengths = [len(ids) + tail for ids in self._questions([event.item.text for event in shown])]
+        room = self.prompt.max_tokens - len(self.codec.prompt(self.prompt.text([], ""), self.prompt.max_tokens))
+        lines = [(event.item.text, event.label) for event in shown]
+        texts = []
+        for text, ids in zip(candidates, self._questions(candidates), strict=True):
+            kept = _newest(lengths, room - len(ids) - tail)
+            texts.append(self.prompt.text(lines[len(lines) - kept :], text))
+        return self._score_prompts(texts)
+
+    def _questions(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.codec.questions(texts, self.prompt.max_item_tokens) if texts else []
+
+    def _score_prompts(self, texts: Sequence[str]) -> Floats:
+        if not texts:
+            return np.zeros(0)
+        rows = np.arange(len(texts))
+        windows = PromptWindows(self.codec, rows, texts, self.prompt.max_tokens)
+        data = WindowDataset(windows, np.zeros(len(texts), dtype=np.int8), None, self.prompt.max_tokens)
+        scores = scorer.score_rows(self.model, data, range(len(data)))
+        return np.array([scores[row] for row in rows.tolist()], dtype=np.float64)
+
+    @property
+    def _own_prompts(self) -> bool:
+        """Whether the adapter was trained on ready-made prompts, which know neither items nor histories."""
+        return self.prompt.template is not None and "item" not in config.placeholders(self.prompt.template)
+
+    def _score_records(self, history: Sequence[Any], candidates: Sequence[Any]) -> Floats:
+        if len(history):
+            raise DataError("history: this adapter was trained on ready-made prompts; put the history into the input")
+        names = config.placeholders(self.prompt.template or "")
+        for i, record in enumerate(candidates):
+            if not isinstance(record, dict) or any(name not in record for name in names):
+                raise DataError(f"candidates[{i}]: {record!r}; expected a dict with {', '.join(names)}")
+        template = self.prompt.template or ""
+        return self._score_prompts([template.format(**{name: record[name] for name in names}) for record in candidates])
+
+
+def _newest(lengths: Sequence[int], room: int) -> int:
+    """How many of the last `lengths` fit into `room` together."""
+    return int((np.cumsum(np.asarray(lengths, dtype=np.int64)[::-1]) <= room).sum())
+
+
+def _prior_id(item: Item) -> Any:
+    return UNKNOWN if item.item_id is None else item.item_id
+
+
+def _sigmoid(log_odds: Floats) -> Floats:
+    # This form neither overflows nor loses small chances.
+    chance: Floats = np.exp(-np.logaddexp(0, -log_odds))
+    return chance
+
+
+def _items(items: Any, columns: dict[str, str] | None, about: artifact.Artifact) -> Any:
+    if items is not None:
+        return read_items(items, columns)
+    named = DATASETS.get(about.data.name)
+    return None if named is None else read_items(named.load().items)
+
+
+def _load_base(about: artifact.Artifact, base_model: str | Path | None, dtype: str | None) -> backbone.Backbone:
+    if dtype is not None and dtype not in backbone.DTYPES:
+        raise ModelError(f"dtype: {dtype!r}; expected one of {', '.join(backbone.DTYPES)}")
+    base = about.base_model
+    wanted = config.Model(
+        name=base.name if base_model is None else str(base_model),
+        revision=base.revision if base_model is None else None,
+        dtype=dtype or base.dtype,  # type: ignore[arg-type]
+    )
+    try:
+        return backbone.load(wanted)
+    except ModelError as error:
+        if base_model is not None:
+            raise
+        raise ModelError(f"{error}; or say where it is: base_model=FOLDER (--base-model FOLDER)") from error
+
+
+def _check_fingerprint(about: artifact.Artifact, found: backbone.BaseModel, strict: bool) -> None:
+    expected = about.base_model
+    if found.fingerprint == expected.fingerprint:
+        return
+    text = (
+        f"base model: {found.name} has weights with fingerprint {found.fingerprint[:16]}; the adapter was trained on "
+        f"{expected.name} with {expected.fingerprint[:16]}"
+        + (f" ({expected.note})" if expected.note else "")
+        + "; scores may differ from the published ones"
+    )
+    if strict:
+        raise ModelError(f"{text}; load that base model, or load without strict")
+    warnings.warn(text, stacklevel=3)

@@ -49,7 +49,10 @@ def main() -> None:
         ratio = statistics.median(a / b for a, b in pairs)
         fused_ms, block_ms = (1000 * statistics.median(column) for column in zip(*pairs, strict=True))
         lines.append(f"| {tokens:,} | {fused_ms:.1f} | {block_ms:.1f} | {ratio:.2f}x |")
-    lines += ["", f"bfloat16, forward and backward, median of {arguments.rounds} pairs on {torch.get_num_threads()} threads."]
+    lines += [
+        "",
+        f"bfloat16, forward and backward, median of {arguments.rounds} pairs on {torch.get_num_threads()} threads.",
+    ]
     print("\n".join(lines))
     if arguments.write:
         put("attention", "\n".join(lines))

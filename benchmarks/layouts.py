@@ -2,10 +2,10 @@
 
     python benchmarks/layouts.py [--users 24] [--rounds 3] [--write]
 
-Two questions. How many events does each layout learn a second? Measured in turn (A B A B …), the same number of
-optimizer steps' worth of rows each, the median of the pairs' ratios. And what does it cost in AUC? Each layout trains one
-epoch over the same training events from the same start and scores the same test rows; the difference has an interval from
-resampled users. Pointwise prompts are packed into rows without padding too, which favours them.
+Two questions. How many events does each layout learn a second? Measured in turn (A B A B …), the same number of packed
+rows each, the median of the pairs' ratios. And what does it cost in AUC? Each layout trains one epoch over the same
+training events from the same start and scores the same test rows; the difference has an interval from resampled users.
+Pointwise prompts are packed into rows without padding too, which favours them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from pages import put
 
-from peftrec import adapters, backbone, baselines, config, encode, interactions, metrics, scorer, split, train
+from peftrec import adapters, backbone, config, encode, interactions, metrics, scorer, split, train
 from peftrec.timeline import WindowDataset, collate
 
 RECIPE = Path(__file__).parent.parent / "recipes/configs/ml-100k/click_lora_demo.yaml"

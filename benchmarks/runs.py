@@ -1,7 +1,7 @@
 """Tables of finished runs into docs/benchmarks.md and README.md, from what the runs recorded.
 
-    python benchmarks/runs.py demo runs/ml-100k-click-lora-demo
-    python benchmarks/runs.py main runs/ml-100k-click-lora
+python benchmarks/runs.py demo runs/ml-100k-click-lora-demo
+python benchmarks/runs.py main runs/ml-100k-click-lora
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ def main() -> None:
         f"{facts.model['parameters']:,} parameters; the adapter is {adapter['bytes'] / 1e6:.1f} MB; seed {facts.seed}."
     )
     text = f"{comparison.markdown()}\n{cost}"
-    put(arguments.place, text)
-    if arguments.place == "main":
-        put("main", text, PAGE.parent.parent / "README.md")
+    for page in (PAGE, PAGE.parent.parent / "README.md"):
+        put(arguments.place, text, page)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@
     ├── ConfigError      the recipe: unknown keys, wrong types, values that cannot work together
     ├── DataError        the user's tables: missing columns, values out of range, nothing left to learn from
     ├── AssetError       things fetched: not found, download failed, wrong hash
-    ├── ModelError       the base model, its tokenizer or an adapter: cannot be loaded or does not fit
-    └── MissingExtra     an optional dependency that is not installed
+    └── ModelError       the base model, its tokenizer or an adapter: cannot be loaded or does not fit
 
 Each message is one line that reads *where: what was found; what was expected; what to do*. The command line prints
 it without a traceback and exits with 2.
@@ -40,13 +39,6 @@ class AssetError(PeftrecError):
 
 class ModelError(PeftrecError):
     """A base model, tokenizer or adapter that cannot be used as asked."""
-
-
-class MissingExtra(PeftrecError):
-    """An optional dependency is absent; the message is the install command."""
-
-    def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(f"{feature}: needs an optional dependency; install it with: pip install 'peftrec[{extra}]'")
 
 
 @contextmanager

@@ -93,7 +93,8 @@ def _last_read(user: np.ndarray, read: np.ndarray) -> np.ndarray:
     last = np.full(int(user.max()) + 1 if len(user) else 0, -1, dtype=np.int64)
     index = np.flatnonzero(read)
     last[user[index]] = index  # rows are in order, so the last assignment of a user stays
-    return last[user]
+    of_row: np.ndarray = last[user]
+    return of_row
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def cut(
         header: tokens of the header.
         overlap: tokens of earlier events that a window repeats as context at most.
         fill: let the context grow into the room that the window's own events leave.
-        single: one read event a window (the pointwise layout).
+        single: one read event a window (the pointwise layout); its context holds strictly earlier events only.
 
     Raises:
         DataError: one event alone is longer than a window.
@@ -135,6 +136,7 @@ def cut(
     seen_ends = np.concatenate(([0], np.cumsum(lengths[seen])))
     seen_before = np.searchsorted(seen, np.arange(len(lengths) + 1))  # visible events in front of each event
     reads = np.flatnonzero(sight.read)
+    moments = np.flatnonzero((np.diff(sight.user, prepend=-1) != 0) | (np.diff(sight.time, prepend=0) != 0))
     first_of_user = np.flatnonzero(np.diff(sight.user, prepend=-1))
     user_of_read = np.searchsorted(first_of_user, reads, side="right") - 1
     windows = []
@@ -143,7 +145,9 @@ def cut(
         start = int(reads[at])
         user_start = int(first_of_user[user_of_read[at]])
         last = at if single else int(np.searchsorted(user_of_read, user_of_read[at], side="right")) - 1
-        seen_to = int(seen_before[start])
+        # What shares the moment of a lone read event is hidden from it: it would only take room.
+        moment_start = int(moments[np.searchsorted(moments, start, side="right") - 1])
+        seen_to = int(seen_before[moment_start if single else start])
         seen_from = max(
             int(seen_before[user_start]), int(np.searchsorted(seen_ends, seen_ends[seen_to] - overlap, side="left"))
         )
@@ -247,7 +251,9 @@ class TimelineWindows:
     def events_of(self, index: int) -> np.ndarray:
         """The log's rows of one window's events, in reading order."""
         window = self.windows[index]
-        return self.sight.row[np.concatenate((self._seen[slice(*window.context)], np.arange(window.start, window.stop)))]
+        return self.sight.row[
+            np.concatenate((self._seen[slice(*window.context)], np.arange(window.start, window.stop)))
+        ]
 
     def arrays(self, index: int) -> dict[str, np.ndarray]:
         """One window as arrays of length T.
@@ -399,8 +405,6 @@ def collate(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
     padding = {"row": -1, "labels": NO_LABEL, "segment": -1}
     batch = {}
     for key in rows[0]:
-        padded = [
-            np.pad(row[key], (0, longest - len(row[key])), constant_values=padding.get(key, 0)) for row in rows
-        ]
+        padded = [np.pad(row[key], (0, longest - len(row[key])), constant_values=padding.get(key, 0)) for row in rows]
         batch[key] = torch.from_numpy(np.stack(padded))
     return batch

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,13 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from peftrec import adapters, config, scorer
+from peftrec.errors import PeftrecError
 from peftrec.timeline import WindowDataset, collate
+
+LEAST_FREE = 1_000_000  # bytes; with less than this on the disk a failed write is put down to it
 
 ScoresToMetrics = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # (rows, scores with prior) -> metrics
 
@@ -43,7 +48,9 @@ class Fitted:
         return self.events / self.seconds if self.seconds else math.nan
 
 
-def score(model: Any, data: WindowDataset, *, description: str, accelerator: Any = None) -> tuple[np.ndarray, np.ndarray]:
+def score(
+    model: Any, data: WindowDataset, *, description: str, accelerator: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Score every read row of `data` once, over all processes: (rows, model's log-odds without the prior), row order.
 
     Args:
@@ -79,7 +86,8 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         """Sum over this batch's events divided by the step's events over all processes."""
         del return_outputs
         loss = scorer.interaction_loss(model, inputs, self.model.dtype, num_items_in_batch)
-        return loss * self.accelerator.num_processes  # DDP averages gradients over processes; the sum is wanted
+        processes: int = self.accelerator.num_processes
+        return loss * processes  # DDP averages gradients over processes; the sum is wanted
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Score the validation rows and report their metrics."""
@@ -88,7 +96,7 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         metrics = self.to_metrics(rows, scores + self.eval_dataset.prior[rows])
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -216,7 +224,16 @@ def fit(
     trainer.add_callback(Clock())
     if train.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(train.early_stopping_patience))
-    trainer.train(resume_from_checkpoint=_newest_checkpoint(folder) if resume else None)
+    try:
+        trainer.train(resume_from_checkpoint=_newest_checkpoint(folder) if resume else None)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # Each library has its own exception for a write that failed; what they have in common is the disk.
+        if shutil.disk_usage(folder).free > LEAST_FREE:
+            raise
+        raise PeftrecError(
+            f"{folder}: the disk is full, a checkpoint could not be written; free some space and repeat the command "
+            "with --resume"
+        ) from error
     (seconds,) = (c.seconds for c in trainer.callback_handler.callbacks if isinstance(c, Clock))
     passes = trainer.state.global_step / max(1, steps_per_epoch(train, len(train_data)))
     return Fitted(
@@ -233,7 +250,8 @@ def steps_per_epoch(train: config.Train, rows: int) -> int:
     """Optimizer steps in one pass over `rows` packed rows on this process group."""
     from accelerate import PartialState
 
-    batches = math.ceil(rows / (train.per_device_train_batch_size * PartialState().num_processes))
+    processes: int = PartialState().num_processes
+    batches = math.ceil(rows / (train.per_device_train_batch_size * processes))
     return max(1, math.ceil(batches / train.gradient_accumulation_steps))
 
 

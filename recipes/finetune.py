@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def main() -> None:
     for warning in data.warnings:
         say(f"warning: {warning}")
     sizes = ", ".join(f"{name} {int((log.split == code).sum()):,}" for code, name in enumerate(split.SPLITS))
-    say(f"data: {data.name}, {len(log):,} events of {len(log.user_ids):,} users on {log.items.height:,} items ({sizes})")
+    say(
+        f"data: {data.name}, {len(log):,} events of {len(log.user_ids):,} users on {log.items.height:,} items ({sizes})"
+    )
 
     # What counting alone predicts: the opponents, and the prior if the recipe wants one.
     known = baselines.predict(log, recipe.eval.history, recipe.eval.ties)
@@ -71,7 +74,9 @@ def main() -> None:
 
     # Train.
     drawn = interactions.drawn_order(len(log.user_ids), recipe.seed, "evaluated users")
-    valid_rows = encode.whole_users(np.flatnonzero(log.split == split.VALID), log.user, recipe.eval.max_valid_rows, drawn)
+    valid_rows = encode.whole_users(
+        np.flatnonzero(log.split == split.VALID), log.user, recipe.eval.max_valid_rows, drawn
+    )
     test_rows = encode.whole_users(np.flatnonzero(log.split == split.TEST), log.user, recipe.eval.max_test_rows, drawn)
     fitted: train.Fitted | None = None
     if recipe.adapter.method != "none":
@@ -144,7 +149,11 @@ def main() -> None:
             model=dataclasses.asdict(loaded.base),
             adapter=facts,
             train=record.train_facts(**dataclasses.asdict(fitted)) if fitted else {},
-            eval={**dataclasses.asdict(recipe.eval), "rows": len(rows), "shrinkage": dataclasses.asdict(known.shrinkage)},
+            eval={
+                **dataclasses.asdict(recipe.eval),
+                "rows": len(rows),
+                "shrinkage": dataclasses.asdict(known.shrinkage),
+            },
             seed=recipe.seed,
         ),
     )
@@ -249,5 +258,9 @@ def _recommend(folder: Path, log: split.Log, k: int) -> None:
 
 
 if __name__ == "__main__":
-    with as_one_line():
-        main()
+    try:
+        with as_one_line():
+            main()
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with --resume continues from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)

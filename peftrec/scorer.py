@@ -189,5 +189,5 @@ def interaction_loss(model: Any, batch: dict[str, torch.Tensor], dtype: torch.dt
     Dividing by events and not by batches makes gradient accumulation and several processes equal one large batch.
     """
     score, labels = read_scores(model, batch, dtype)
-    total: torch.Tensor = F.binary_cross_entropy_with_logits(score, labels.float(), reduction="sum")
-    return total / items
+    loss: torch.Tensor = F.binary_cross_entropy_with_logits(score, labels.float(), reduction="sum") / items
+    return loss

@@ -1,4 +1,4 @@
-"""What is shipped: a wheel that installs and imports, scripts that refuse import, launcher settings that parse, make."""
+"""What is shipped: a wheel that installs and imports, scripts that refuse import, launcher settings that parse."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,11 +80,46 @@ def load(data: Data, seed: int) -> Interactions:
     return Interactions(events, user_ids, items, users, name, fingerprint, tuple(warnings))
 
 
+def check(data: Data, shown: Sequence[str] = ()) -> None:
+    """Check what can be checked without reading rows: names of data sets, files, and their columns.
+
+    What lies on the Hub, or comes with a named data set, is not fetched.
+
+    Args:
+        data: The recipe's data section.
+        shown: Columns of the items table that the prompt shows.
+
+    Raises:
+        DataError: Every mistake, one line each.
+    """
+    problems = []
+    if data.name is not None and data.name not in DATASETS:
+        problems.append(_unknown_name(data.name))
+    for source, look in _looks(data, shown):
+        try:
+            if not tables.on_hub(source):
+                look(source)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+
+
 def drawn_order(n: int, seed: int, purpose: str) -> np.ndarray:
     """The numbers below `n` in an order (n,) that `seed` and `purpose` fix on every machine."""
     generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(purpose.encode())]))
     # Not Generator.permutation, whose way of shuffling may change between versions of numpy.
     return np.argsort(generator.random(n), kind="stable")
+
+
+def sorted_order(key: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """The order (n,) of rows by a code `key` (from -1), then by a whole number `value`, then as they stand."""
+    low = int(value.min()) if len(value) else 0
+    shift = (int(value.max(initial=low)) - low).bit_length()
+    if int(key.max(initial=0)).bit_length() + shift > 62:
+        return np.lexsort((value, key))
+    # One number for both sorts in a quarter of the time of two keys.
+    return np.argsort((key.astype(np.int64) << shift) + (value - low), kind="stable")
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
@@ -93,13 +128,46 @@ def drawn_order(n: int, seed: int, purpose: str) -> np.ndarray:
 def _named(data: Data, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame, pl.DataFrame | None]:
     dataset = DATASETS.get(data.name or "")
     if dataset is None:
-        raise DataError(f"data.name: no data set '{data.name}'; expected one of {', '.join(sorted(DATASETS))}")
+        raise DataError(_unknown_name(data.name or ""))
     loaded = dataset.load()
     like_at = dataset.like_at if data.like_at is None else data.like_at
     scale = dataset.rating_range if data.rating_range is None else data.rating_range
     table = loaded.interactions.lazy()
     raw = _select(table, dataset.name, {}, data, with_title=False, warnings=warnings)
     return dataset.name, _parse(raw, dataset.name, like_at, scale), loaded.items, loaded.users
+
+
+def _unknown_name(name: str) -> str:
+    return f"data.name: no data set '{name}'; expected one of {', '.join(sorted(DATASETS))}"
+
+
+def _looks(data: Data, shown: Sequence[str]) -> Iterator[tuple[str, Callable[[str], object]]]:
+    """Each source with what looks at its columns."""
+    if data.interactions:
+        yield data.interactions, lambda source: _first_event(source, data)
+    if data.items:
+        yield data.items, lambda source: _check_items(source, data, shown)
+    if data.users:
+        yield data.users, lambda source: _side_names(source, data.columns, "user_id", [])
+    files = data.records.values() if isinstance(data.records, dict) else filter(None, [data.records])
+    for file in files:
+        yield file, lambda source: _record_names(source, data)
+
+
+def _first_event(where: str, data: Data) -> pl.DataFrame:
+    """The first row, read as all of them will be: whatever is wrong with the columns shows in it."""
+    raw = _select(tables.scan(where).head(1), where, data.columns, data, with_title=data.items is None, warnings=[])
+    return _parse(raw, where, data.like_at, None)
+
+
+def _check_items(source: str, data: Data, shown: Sequence[str]) -> None:
+    _, names, kept = _side_names(source, data.columns, "item_id", ["title"])
+    for name in shown:
+        if name not in (*names, *kept):
+            found = ", ".join((*names, *kept))
+            near = tables.nearest_column(name, [*names, *kept])
+            todo = f"did you mean {{{near}}}?" if near else "use one of them"
+            raise DataError(f"prompt.item: no column '{name}' in {source} ({found}); {todo}")
 
 
 def _files(data: Data, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame, pl.DataFrame | None]:
@@ -208,6 +276,18 @@ def _parse(
 
 def _side_table(source: str, columns: Mapping[str, str], id_name: str, required: list[str]) -> pl.DataFrame:
     """An items or users table: every column that a template could show, ids parsed, lists of text joined."""
+    table, names, kept = _side_names(source, columns, id_name, required)
+    frame = tables.collect(table.select(*kept, **{ours: pl.col(theirs) for ours, theirs in names.items()}), source)
+    ids = tables.parse_ids(frame[id_name], source, id_name).alias(id_name)
+    texts = [frame[name].cast(pl.String) for name in required]
+    rest = [tables.showable(frame[name]) for name in frame.columns if name != id_name and name not in required]
+    return pl.DataFrame([ids, *texts, *(column for column in rest if column is not None)])
+
+
+def _side_names(
+    source: str, columns: Mapping[str, str], id_name: str, required: list[str]
+) -> tuple[pl.LazyFrame, dict[str, str], list[str]]:
+    """The table, our names -> its names, and what else it has."""
     table = tables.scan(source)
     found = tables.column_names(table, source)
     # The renames were written for the interactions too: here only those count that lead somewhere.
@@ -215,11 +295,7 @@ def _side_table(source: str, columns: Mapping[str, str], id_name: str, required:
     optional = [ours for ours in given if ours not in required and ours != id_name]
     names = tables.match_columns(found, source, given, [id_name, *required], optional)
     kept = [other for other in found if other not in names and other not in names.values()]
-    frame = tables.collect(table.select(*kept, **{ours: pl.col(theirs) for ours, theirs in names.items()}), source)
-    ids = tables.parse_ids(frame[id_name], source, id_name).alias(id_name)
-    texts = [frame[name].cast(pl.String) for name in required]
-    rest = [tables.showable(frame[name]) for name in frame.columns if name != id_name and name not in required]
-    return pl.DataFrame([ids, *texts, *(column for column in rest if column is not None)])
+    return table, names, kept
 
 
 def _records(data: Data) -> tuple[str, pl.DataFrame, pl.DataFrame]:
@@ -238,13 +314,19 @@ def _records(data: Data) -> tuple[str, pl.DataFrame, pl.DataFrame]:
     return ", ".join(sources), events, pl.DataFrame(schema={"item_id": pl.Int64, "title": pl.String})
 
 
-def _record_file(source: str, data: Data) -> pl.DataFrame:
+def _record_names(source: str, data: Data) -> tuple[pl.LazyFrame, dict[str, str]]:
+    """The table, and our names -> its names."""
     table = tables.scan(source, data.hub_revision)
     found = tables.column_names(table, source)
     optional = ["user_id", "timestamp"]
     names = tables.match_columns(found, source, data.columns, ["instruction", "input", "output"], optional)
     if data.split.kind == "column" and isinstance(data.records, str):
         names["split"] = _split_column(found, source, data)
+    return table, names
+
+
+def _record_file(source: str, data: Data) -> pl.DataFrame:
+    table, names = _record_names(source, data)
     raw = tables.collect(table.select(**{ours: pl.col(theirs) for ours, theirs in names.items()}), source)
     columns = [raw[name].cast(pl.String).fill_null("") for name in ("instruction", "input")]
     columns.append(tables.parse_labels(raw["output"], source, "output").alias("label"))
@@ -298,11 +380,20 @@ def _code_users(events: pl.DataFrame) -> tuple[pl.DataFrame, pl.Series]:
 
 def _drop_repeats(events: pl.DataFrame, where: str, warnings: list[str]) -> pl.DataFrame:
     key = [name for name in ("user", "item", "timestamp") if name in events.columns]
-    once = events.unique(key, keep="last", maintain_order=True)
-    if count := events.height - once.height:
+    user, item = events["user"].to_numpy(), events["item"].to_numpy()
+    order = sorted_order(user, item)
+    user, item = user[order], item[order]
+    again = np.flatnonzero((user[1:] == user[:-1]) & (item[1:] == item[:-1]))
+    # In most tables few rows share user and item with another: only these are worth a look at their time.
+    rows = np.union1d(order[again], order[again + 1])
+    last = events.select(key).with_row_index("row")[rows].unique(key, keep="last")["row"].to_numpy()
+    if count := len(rows) - len(last):
+        kept = np.ones(events.height, dtype=bool)
+        kept[rows], kept[last] = False, True
+        events = events.filter(kept)
         same = "user_id, item_id and timestamp" if "timestamp" in key else "user_id and item_id"
         warnings.append(f"{where}: {count} duplicate rows (same {same}) dropped, the last of each kept")
-    return once
+    return events
 
 
 def _sample(

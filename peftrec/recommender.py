@@ -35,11 +35,13 @@ class Recommendation:
 
     Attributes:
         item: the candidate as it was given; the items table's row as a dict where the whole table was ranked.
+        item_id: its id, None where it is not in an items table and nobody gave one.
         title: the item as the model reads it.
         score: log-odds that the person likes it.
     """
 
     item: Any
+    item_id: Any
     title: str
     score: float
 
@@ -176,16 +178,17 @@ class Recommender:
         if k < 1:
             raise DataError(f"k: {k}; expected a whole number from 1")
         if self._own_prompts:
-            assert candidates is not None
+            if candidates is None:
+                raise DataError("candidates: none given; this adapter was trained on ready-made prompts: give some")
             scores = self._score_records(history, candidates)
-            found = [Item(str(one.get("input", "")), None, None, one) for one in candidates]
+            found = [Item(str(one.get("input", one)), one.get("item_id"), None, one) for one in candidates]
         else:
             events = self.events(history)
             seen = {event.item.key for event in events} if exclude_seen else set()
             found = [item for item in self._all_items(candidates) if item.key not in seen]
             scores = self._score_items(events, found)
         best = np.argsort(-scores, kind="stable")[:k]
-        return [Recommendation(found[i].given, found[i].text, float(scores[i])) for i in best]
+        return [Recommendation(found[i].given, found[i].item_id, found[i].text, float(scores[i])) for i in best]
 
     def events(self, history: Sequence[Any]) -> list[Event]:
         """The history as it is understood: which items were meant, and whether each was liked.

@@ -45,7 +45,7 @@ def scan(source: str, revision: str | None = None) -> pl.LazyFrame:
     """
     path = Path(source).expanduser()
     name = path.name.lower()
-    if not path.exists() and not name.endswith(SUFFIXES) and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
+    if on_hub(source):
         return _hub_table(source, revision)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
@@ -64,6 +64,12 @@ def scan(source: str, revision: str | None = None) -> pl.LazyFrame:
     except (pl.exceptions.PolarsError, OSError) as error:
         raise unreadable(source, error) from error
     raise DataError(f"{source}: unknown kind of file '{path.suffix}'; expected one of {', '.join(SUFFIXES)}")
+
+
+def on_hub(source: str) -> bool:
+    """Whether `source` means a Hub data set: it looks like an id, and no file or folder has that name."""
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) and not source.lower().endswith(SUFFIXES)
+    return bool(is_id) and not Path(source).expanduser().exists()
 
 
 def _separator(path: Path) -> str:

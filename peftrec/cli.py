@@ -1,0 +1,235 @@
+"""The `peftrec` command. Training is a recipe of its own: accelerate launch recipes/finetune.py --config CONFIG."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from peftrec.errors import ConfigError, PeftrecError
+
+if TYPE_CHECKING:
+    from peftrec.config import Recipe
+    from peftrec.recommender import Recommendation, Recommender
+
+INTERRUPTED, REFUSED = 130, 2  # exit codes: as a shell gives for Ctrl-C; what the caller can mend
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code; an error that the caller can mend is a line on stderr and 2."""
+    parser = _parser()
+    given, rest = parser.parse_known_args(arguments)
+    if rest and given.verb is not _validate:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    given.overrides = rest
+    try:
+        with _plain_warnings():
+            given.verb(given)
+        sys.stdout.flush()
+    except PeftrecError as error:
+        print(error, file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python would flush to the closed pipe once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="peftrec", description=__doc__)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    verb = verbs.add_parser(
+        "validate",
+        help="check a recipe and the files that it names; no model is loaded",
+        usage="peftrec validate [-h] CONFIG [--section.key VALUE ...]",
+    )
+    verb.add_argument("config", metavar="CONFIG", help="a recipe; any of its keys can follow as --section.key VALUE")
+    verb.set_defaults(verb=_validate)
+
+    verb = verbs.add_parser("datasets", help="list the data sets that are known by name")
+    verb.set_defaults(verb=_datasets)
+
+    verb = verbs.add_parser("recommend", help="rank items for a person by that person's history")
+    verb.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter (RUN/adapter)")
+    verb.add_argument(
+        "--history",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="TITLE:ANSWER",
+        help="what the person met, oldest first, as 'Toy Story (1995):yes'; an id may stand for the title, "
+        "a rating for the answer",
+    )
+    verb.add_argument(
+        "--candidates", nargs="+", action="extend", metavar="TITLE", help="rank these; default: the whole items table"
+    )
+    verb.add_argument("--items", metavar="FILE", help="items table (default: that of the adapter's named data set)")
+    verb.add_argument(
+        "--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="names in the items table: item_id=movieId"
+    )
+    verb.add_argument("--base-model", metavar="MODEL", help="folder or Hub id to use as base model instead")
+    verb.add_argument("--k", type=int, default=10, help="how many (default: 10)")
+    verb.add_argument("--no-prior", action="store_true", help="leave the saved prior out of the scores")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+    verb.set_defaults(verb=_recommend)
+
+    verb = verbs.add_parser(
+        "evaluate", help="compute every metric of a run again from its predictions; no model needed"
+    )
+    verb.add_argument("run", metavar="RUN", help="folder of a finished run")
+    verb.add_argument("--split", choices=("test", "valid"), default="test", help="rows to measure (default: test)")
+    verb.add_argument("--bootstrap", type=int, metavar="N", help="resamples behind the intervals (default: the run's)")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+    verb.set_defaults(verb=_evaluate)
+    return parser
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Our own warnings as a line on stderr, without the place in the code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning, module="peftrec")
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        yield
+
+
+# --- validate ---------------------------------------------------------------------------------------------------------
+
+
+def _validate(given: argparse.Namespace) -> None:
+    from peftrec import config
+
+    recipe = config.load_recipe(given.config, given.overrides)
+    from peftrec import interactions
+
+    interactions.check(recipe.data, config.placeholders(recipe.prompt.item))
+    print(f"{given.config}: valid")
+    for name, text in _summary(recipe):
+        print(f"  {name:<8} {text}")
+
+
+def _summary(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    data, train = recipe.data, recipe.train
+    records = data.records if isinstance(data.records, str) else ", ".join((data.records or {}).values())
+    users = f", {data.sample_users} users of it" if data.sample_users else ""
+    yield "data", f"{data.name or data.interactions or records}{users}, split: {data.split.kind}"
+    yield "prompt", f"{recipe.prompt.layout}, up to {recipe.prompt.max_tokens:,} tokens, item: {recipe.prompt.item}"
+    yield "model", f"{recipe.model.name}, {recipe.model.dtype}"
+    if recipe.adapter.method == "none":
+        yield "adapter", "none: the base model is measured as it is"
+    else:
+        targets = recipe.adapter.target_modules
+        where = targets if isinstance(targets, str) else ", ".join(targets)
+        yield "adapter", f"{recipe.adapter.method}, r={recipe.adapter.r} on {where}"
+        length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
+        yield "train", f"{length}, learning rate {train.learning_rate:g} ({train.lr_scheduler_type})"
+    yield "score", "model alone" if recipe.score.prior == "none" else f"model + {recipe.score.prior}"
+    yield "eval", f"{recipe.eval.history} history, baselines: {', '.join(recipe.eval.baselines) or 'none'}"
+    yield "output", recipe.output_dir
+
+
+# --- datasets ---------------------------------------------------------------------------------------------------------
+
+
+def _datasets(given: argparse.Namespace) -> None:
+    from peftrec.datasets import DATASETS
+
+    width = max(map(len, DATASETS))
+    for name, one in DATASETS.items():
+        low, high = one.rating_range
+        print(f"{name:<{width}}  {one.description}")
+        print(
+            f"{'':<{width}}  liked from {one.like_at:g} on a scale from {low:g} to {high:g}; language: {one.language}"
+        )
+        print(f"{'':<{width}}  {one.license}")
+        print(f"{'':<{width}}  {one.homepage}")
+
+
+# --- recommend --------------------------------------------------------------------------------------------------------
+
+
+def _recommend(given: argparse.Namespace) -> None:
+    columns = dict(_pair(text) for text in given.columns)
+    if given.k < 1:
+        raise ConfigError(f"--k: {given.k}; expected a whole number from 1")
+    if columns and not given.items:
+        raise ConfigError("--columns: no --items; expected the table that has these columns; add --items FILE")
+    from peftrec.recommender import Recommender
+
+    recommender = Recommender.from_pretrained(
+        given.adapter,
+        items=given.items,
+        columns=columns,
+        base_model=given.base_model,
+        prior=not given.no_prior,
+    )
+    best = recommender.rank(given.history, given.candidates, k=given.k)
+    show = _as_json if given.json else _as_text
+    show(recommender, given.history, best)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not (ours and equals and theirs):
+        raise ConfigError(f"--columns: {text!r}; expected OURS=THEIRS, such as item_id=movieId")
+    return ours, theirs
+
+
+def _as_text(recommender: Recommender, history: list[str], best: list[Recommendation]) -> None:
+    answers = recommender.prompt.answers
+    for event in recommender.events(history):
+        unknown = len(recommender.catalogue) and event.item.row is None
+        note = "  (not in the items table: read as it is)" if unknown else ""
+        print(f"{event.item.text}:{answers[event.label]}{note}")
+    print(f"{'rank':>4}  {'chance':>6}  {'score':>7}  title")
+    for place, one in enumerate(best, 1):
+        print(f"{place:>4}  {one.probability:>6.3f}  {one.score:>+7.3f}  {one.title}")
+
+
+def _as_json(recommender: Recommender, history: list[str], best: list[Recommendation]) -> None:
+    events = [
+        {"title": event.item.text, "item_id": event.item.item_id, "label": event.label}
+        for event in recommender.events(history)
+    ]
+    ranked = [
+        {"title": one.title, "item_id": one.item_id, "score": one.score, "probability": one.probability} for one in best
+    ]
+    print(json.dumps({"history": events, "recommended": ranked}, indent=2, ensure_ascii=False))
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    import dataclasses
+    from pathlib import Path
+
+    if given.bootstrap is not None and given.bootstrap < 0:
+        raise ConfigError(f"--bootstrap: {given.bootstrap}; expected a whole number from 0")
+    from peftrec import config, record, report, schema
+
+    table = record.read_predictions(given.run)
+    path = Path(given.run) / "config.yaml"
+    recipe = config.parse_recipe(schema.read_yaml(path), str(path))
+    if given.bootstrap is not None:
+        recipe = dataclasses.replace(recipe, eval=dataclasses.replace(recipe.eval, bootstrap=given.bootstrap))
+    comparison = report.compare_predictions(table, recipe, given.split)
+    print(json.dumps(_no_nan(comparison.facts()), indent=2) if given.json else comparison.table())
+
+
+def _no_nan(value: Any) -> Any:
+    """JSON has no NaN: what is not defined is null."""
+    if isinstance(value, dict):
+        return {key: _no_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_no_nan(one) for one in value]
+    return None if isinstance(value, float) and value != value else value

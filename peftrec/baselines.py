@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peftrec.errors import ModelError
+from peftrec.interactions import sorted_order
 
 if TYPE_CHECKING:
     from peftrec.split import Log
@@ -38,6 +39,7 @@ _USER_GRID = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
 # No count proves a probability beyond these.
 _LOWEST, _HIGHEST = 0.02, 0.98
 _BOUND = math.log(_HIGHEST / _LOWEST)
+_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def predict(log: Log, history: History, ties: Ties = "isolate", shrinkage: Shrin
     scores = {
         "global_mean": known.means.log_odds,
         "item_mean": _logit(known.item_chance(shrinkage.item_mean)),
-        "bias": _bias(known.item_chance(shrinkage.item), user_gap, user_variance, shrinkage.user),
+        "bias": _bias(_logit(known.item_chance(shrinkage.item)), user_gap, user_variance, shrinkage.user),
         "popularity": known.item_events,
     }
     return Predictions(scores, shrinkage)
@@ -123,7 +125,7 @@ class Prior:
         chance = _sigmoid(self._item_log_odds(history_items))
         gap = float(np.sum(np.asarray(history_labels, dtype=np.float64) - chance))
         variance = float(np.sum(chance * (1 - chance)))
-        return _bias(_sigmoid(self._item_log_odds(candidate_items)), gap, variance, self.user_shrinkage)
+        return _bias(self._item_log_odds(candidate_items), gap, variance, self.user_shrinkage)
 
     def to_json(self) -> str:
         """One JSON object; `from_json` gives an equal prior back."""
@@ -167,43 +169,66 @@ def fit_prior(log: Log, shrinkage: Shrinkage | None = None) -> Prior:
     return Prior(float(_logit(mean)), items, shrinkage.user)
 
 
-class _Known:
-    """Sums over what each row knows of the other rows with the same key.
+class _Earlier:
+    """Sums over the rows of the same key that are strictly earlier in time.
 
-    Rows are sorted by key and time once; then a sum over "strictly earlier" is a difference of two cumulative sums.
+    Rows are sorted by key and time once; then such a sum is a difference of two cumulative sums.
     """
 
+    def __init__(self, key: npt.NDArray[Any], time: npt.NDArray[Any]):
+        self._order = sorted_order(key, time)
+        key, time = key[self._order], time[self._order]
+        new = np.ones(len(key), dtype=bool)
+        new[1:] = key[1:] != key[:-1]
+        # 32 bits are half the memory, and more rows than that are refused with an OverflowError.
+        place = np.arange(len(key), dtype=np.int32)
+        self._start = np.maximum.accumulate(np.where(new, place, np.int32(0)))
+        new[1:] |= time[1:] != time[:-1]
+        self._now = np.maximum.accumulate(np.where(new, place, np.int32(0)))
+
+    def sum(self, value: npt.NDArray[Any]) -> Floats:
+        """(n,) -> (n,)."""
+        running = np.zeros(len(value) + 1)
+        np.cumsum(value[self._order], dtype=np.float64, out=running[1:])
+        result: Floats = np.empty(len(value))
+        result[self._order] = running[self._now] - running[self._start]
+        return result
+
+
+class _Known:
+    """Sums over what each row knows of the other rows with the same key, a code from -1."""
+
     def __init__(self, key: npt.NDArray[Any], time: npt.NDArray[Any], train: npt.NDArray[np.bool_], streaming: bool):
-        order = np.lexsort((time, key))
-        key, time = key[order], time[order]
-        new_key = np.ones(len(order), dtype=bool)
-        new_key[1:] = key[1:] != key[:-1]
-        new_time = new_key.copy()
-        new_time[1:] |= time[1:] != time[:-1]
-        self._order = order
-        self._train = train[order]
-        self._streaming = streaming
-        starts = np.flatnonzero(new_key)
-        group = np.cumsum(new_key) - 1
-        self._start = starts[group]
-        self._end = np.append(starts[1:], len(order))[group] if len(order) else starts
-        self._now = np.flatnonzero(new_time)[np.cumsum(new_time) - 1]
+        self._train, self._held = train, ~train
+        self._train_key, self._held_key = key[train] + 1, key[self._held] + 1
+        self._keys = int(key.max(initial=-1)) + 2
+        self._in_training = _Earlier(key[train], time[train])
+        self._in_held = _Earlier(key[self._held], time[self._held]) if streaming else None
 
-    def sum(self, value: npt.NDArray[Any], settled: npt.NDArray[Any] | None = None) -> Floats:
-        """Sum of `value` over the rows that each row knows, (n,) -> (n,).
+    def sum(self, value: npt.NDArray[Any]) -> Floats:
+        """Sum of `value` over the rows that each row knows, (n,) -> (n,)."""
+        train_value = value[self._train]
+        return self.join(self.of_training(train_value), self.of_held(value[self._held], train_value))
 
-        `settled`, (n,), is what training rows are worth to validation and test rows, which know all of them.
+    def of_training(self, value: npt.NDArray[Any]) -> Floats:
+        """The same for training rows alone, (t,) -> (t,)."""
+        return self._in_training.sum(value)
+
+    def of_held(self, value: npt.NDArray[Any], settled: npt.NDArray[Any]) -> Floats:
+        """The same for validation and test rows alone, (h,) -> (h,), which know all training rows.
+
+        `settled`, (t,), is what these are worth to them.
         """
-        train, value = self._train, value[self._order]
-        settled = value if settled is None else settled[self._order]
-        earlier, of_training = _running(value, train), _running(settled, train)
-        to_training = earlier[self._now] - earlier[self._start]
-        known: Floats = np.where(train, to_training, of_training[self._end] - of_training[self._start])
-        if self._streaming:
-            later = _running(value, ~train)
-            known += np.where(train, 0, later[self._now] - later[self._start])
-        result: Floats = np.empty_like(known)
-        result[self._order] = known
+        total = np.bincount(self._train_key, settled, self._keys).astype(np.float64)  # of no rows it is of integers
+        known: Floats = total[self._held_key]
+        if self._in_held is not None:
+            known += self._in_held.sum(value)
+        return known
+
+    def join(self, training: Floats, held: Floats) -> Floats:
+        """(t,) and (h,) -> (n,)."""
+        result: Floats = np.empty(len(self._train))
+        result[self._train], result[self._held] = training, held
         return result
 
 
@@ -213,7 +238,7 @@ class _Means:
     def __init__(self, log: Log, history: History):
         one_key = np.zeros(len(log.label), dtype=np.int8)
         everything = _Known(one_key, log.timestamp, log.split == 0, history == "streaming")
-        self.chance = _smoothed(everything.sum(log.label), everything.sum(np.ones(len(log.label))))
+        self.chance = _smoothed(everything.sum(log.label), everything.sum(np.ones(len(log.label), dtype=np.int8)))
         self.log_odds = _logit(self.chance)
 
 
@@ -227,14 +252,17 @@ class _Effects:
         items = _Known(log.item, log.timestamp, train, streaming)
         self.item_events = items.sum(has_item)
         self._item_likes = items.sum(has_item * log.label)
+        del items
         # A log is sorted by user, then time: a row's place tells the events of one second apart.
         user_time = log.timestamp if ties == "isolate" else np.arange(len(log.user))
         self._users = _Known(log.user, user_time, train, streaming)
+        self._train, self._held = train, ~train
         self._settled_likes, self._settled_events = _item_totals(log, train & has_item)
         self._settled_mean = _smoothed(log.label[train].sum(dtype=np.float64), int(train.sum()))
 
-    def item_chance(self, shrinkage: float) -> Floats:
-        return _shrunk(self._item_likes, self.item_events, self.means.chance, shrinkage)
+    def item_chance(self, shrinkage: float, rows: npt.NDArray[np.bool_] | slice = _ALL) -> Floats:
+        """The smoothed share of likes of each row's item, for the given rows."""
+        return _shrunk(self._item_likes[rows], self.item_events[rows], self.means.chance[rows], shrinkage)
 
     def user_sums(self, item_shrinkage: float) -> tuple[Floats, Floats]:
         """Sum of `label - chance` and of the chances' variance over the known events of the user.
@@ -242,11 +270,19 @@ class _Effects:
         Chances are those of the event's own moment; validation and test rows look at training events with all that
         training tells about their items, as a saved prior does.
         """
-        chance, log = self.item_chance(item_shrinkage), self._log
+        chance = self.item_chance(item_shrinkage, self._train)
+        gap = self._users.of_training(self._log.label[self._train] - chance)
+        variance = self._users.of_training(chance * (1 - chance))
+        held_gap, held_variance = self._held_user_sums(item_shrinkage)
+        return self._users.join(gap, held_gap), self._users.join(variance, held_variance)
+
+    def _held_user_sums(self, item_shrinkage: float) -> tuple[Floats, Floats]:
+        chance, log = self.item_chance(item_shrinkage, self._held), self._log
         of_items = _shrunk(self._settled_likes, self._settled_events, self._settled_mean, item_shrinkage)
-        settled = np.where(log.item >= 0, of_items[log.item], self._settled_mean)
-        gap = self._users.sum(log.label - chance, log.label - settled)
-        return gap, self._users.sum(chance * (1 - chance), settled * (1 - settled))
+        # The mean stands last, where the item code -1 of a row without item finds it.
+        settled = np.append(of_items, self._settled_mean)[log.item[self._train]]
+        gap = self._users.of_held(log.label[self._held] - chance, log.label[self._train] - settled)
+        return gap, self._users.of_held(chance * (1 - chance), settled * (1 - settled))
 
     def best_shrinkage(self) -> Shrinkage:
         """The grid's lowest log loss on validation rows."""
@@ -256,18 +292,18 @@ class _Effects:
         liked = self._log.label[valid] == 1
         item_means, biases = {}, {}
         for item in _ITEM_GRID:
-            chance = self.item_chance(item)[valid]
-            item_means[item] = _log_loss(liked, _logit(chance))
-            gap, variance = (sums[valid] for sums in self.user_sums(item))
+            log_odds = _logit(self.item_chance(item, valid))
+            item_means[item] = _log_loss(liked, log_odds)
+            gap, variance = (sums[valid[self._held]] for sums in self._held_user_sums(item))
             for user in _USER_GRID:
-                biases[item, user] = _log_loss(liked, _bias(chance, gap, variance, user))
+                biases[item, user] = _log_loss(liked, _bias(log_odds, gap, variance, user))
         item, user = min(biases, key=lambda pair: biases[pair])
         return Shrinkage(min(item_means, key=lambda one: item_means[one]), item, user)
 
 
-def _bias(item_chance: Floats, user_gap: npt.ArrayLike, user_variance: npt.ArrayLike, shrinkage: float) -> Floats:
+def _bias(item_log_odds: Floats, user_gap: npt.ArrayLike, user_variance: npt.ArrayLike, shrinkage: float) -> Floats:
     """Item log-odds plus one Newton step from 0 of the user's own intercept, under a Gaussian prior."""
-    bias: Floats = _logit(item_chance) + np.divide(user_gap, np.add(user_variance, shrinkage))
+    bias: Floats = item_log_odds + np.divide(user_gap, np.add(user_variance, shrinkage))
     return np.clip(bias, -_BOUND, _BOUND)
 
 
@@ -288,13 +324,6 @@ def _shrunk(likes: Floats, events: Floats, mean: Any, shrinkage: float) -> Float
     return chance
 
 
-def _running(value: npt.NDArray[Any], rows: npt.NDArray[np.bool_]) -> Floats:
-    """Cumulative sum over `rows` that starts at 0: (n,) -> (n + 1,)."""
-    total = np.zeros(len(value) + 1)
-    np.cumsum(np.where(rows, value, 0), dtype=np.float64, out=total[1:])
-    return total
-
-
 def _logit(chance: Any) -> Any:
     return np.log(chance) - np.log1p(-chance)
 
@@ -305,4 +334,5 @@ def _sigmoid(log_odds: Floats) -> Floats:
 
 
 def _log_loss(liked: npt.NDArray[np.bool_], log_odds: Floats) -> float:
-    return float(np.mean(np.logaddexp(0, np.where(liked, -log_odds, log_odds))))
+    # Bounded as they are, log-odds do not overflow, and this is many times as fast as logaddexp.
+    return float(np.mean(np.log(1 + np.exp(np.where(liked, -log_odds, log_odds)))))

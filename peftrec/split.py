@@ -12,7 +12,7 @@ import polars as pl
 
 from peftrec import config
 from peftrec.errors import DataError
-from peftrec.interactions import Interactions, drawn_order
+from peftrec.interactions import Interactions, drawn_order, sorted_order
 
 SPLITS = ("train", "valid", "test")
 TRAIN, VALID, TEST = range(3)
@@ -69,8 +69,7 @@ def split(interactions: Interactions, how: config.Split, seed: int) -> Log:
         DataError: If a split comes out empty, or train or test with one class only.
     """
     events = interactions.events
-    # The row number as last key keeps rows of one user and time in the order of the source.
-    order = events.select("user", "timestamp").with_row_index("row").sort("user", "timestamp", "row")["row"].to_numpy()
+    order = sorted_order(events["user"].to_numpy(), events["timestamp"].to_numpy())
     user, time, item, label = (events[name].to_numpy()[order] for name in ("user", "timestamp", "item", "label"))
     kind: str = how.kind
     if "split" in events.columns:
@@ -116,10 +115,10 @@ def temporal(time: np.ndarray, valid: float, test: float) -> np.ndarray:
         valid: Share of the events in valid.
         test: Share of the events in test.
     """
-    ordered = np.sort(time)
-    n = len(ordered)
+    n = len(time)
     first_test = min(n - 1, n - round(test * n))
     first_valid = max(0, min(n - 1, n - round((valid + test) * n)))
+    ordered = np.partition(time, (first_valid, first_test))
     parts = np.full(n, TRAIN, dtype=np.int8)
     parts[time >= ordered[first_valid]] = VALID
     parts[time >= ordered[first_test]] = TEST

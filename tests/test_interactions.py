@@ -7,13 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peftrec import interactions
 from peftrec.config import Data, Split
 from peftrec.errors import DataError
-from peftrec.interactions import Interactions, drawn_order
+from peftrec.interactions import Interactions, drawn_order, sorted_order
 
 EVENTS = {
     "user_id": ["b", "a", "b", "c"],
@@ -347,3 +350,24 @@ def test_records_that_are_none(tmp_path: Path) -> None:
     assert "r.json" in refused(Data(records=str(path)))
     path.write_text(json.dumps(RECORDS[1:]))
     assert "all 2 rows have label 0" in refused(Data(records=str(path)))
+
+
+def test_repeats_are_the_ones_that_a_table_library_finds() -> None:
+    rng = np.random.default_rng(0)
+    events = pl.DataFrame({name: rng.integers(0, 6, 400) for name in ("user", "item", "timestamp")})
+    events = events.with_row_index("rating")
+    for key in (["user", "item", "timestamp"], ["user", "item"]):
+        table = events.select("rating", *key)
+        once = interactions._drop_repeats(table, "my.csv", [])
+        assert once.equals(table.unique(key, keep="last", maintain_order=True))
+        assert 0 < once.height < 400
+
+
+@given(
+    st.lists(st.tuples(st.integers(-1, 3), st.integers(-4, 4)), max_size=30),
+    st.sampled_from([1, 10**9, 2**60]),  # the last does not fit beside a code in one number
+)
+def test_sorted_order_is_stable_for_times_of_any_unit(rows: list[tuple[int, int]], unit: int) -> None:
+    key = np.array([row[0] for row in rows], dtype=np.int32)
+    value = np.array([row[1] for row in rows], dtype=np.int64) * unit
+    assert sorted_order(key, value).tolist() == sorted(range(len(rows)), key=lambda row: rows[row])

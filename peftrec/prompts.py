@@ -108,8 +108,7 @@ class Codec:
         bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
         self.header_text = header if not header or header.endswith(LINE_END) else header + LINE_END
         self.header: list[int] = bos + self._plain_ids(self.header_text)
-        self._after_line = self._plain_ids(LINE_END)
-        self._after_mark = self._plain_ids(ANSWER_MARK)
+        self._mark = self._plain_ids("a" + ANSWER_MARK)[-1:]
         self.line_end: list[int] = self._after("a" + ANSWER_MARK + answers[0], [LINE_END])[0]
         self.answers: list[int] = [self._answer_id(answer) for answer in answers]
         if len(set(self.answers)) != len(self.answers):
@@ -144,7 +143,7 @@ class Codec:
         return int(ids[0])
 
     def _check(self, answers: Sequence[str]) -> None:
-        """Two lines in one text must be the same tokens as the two lines put together from pieces."""
+        """A header and two lines in one text must be the same tokens as put together from pieces."""
         first, second = self.questions(["Heat (1995)", "What's Up, Doc?"], max_tokens=64)
         built = [*first, self.answers[0], *self.line_end, *second, self.answers[-1], *self.line_end]
         text = f"Heat (1995):{answers[0]}{LINE_END}What's Up, Doc?:{answers[-1]}{LINE_END}"
@@ -154,11 +153,16 @@ class Codec:
                 "tokenizer: lines tokenized one by one differ from the same lines in one text; "
                 "use layout: pointwise with a template, or another base model"
             )
+        if self.header_text and self._plain_ids(self.header_text + text) != self._plain_ids(self.header_text) + built:
+            raise ModelError(
+                f"prompt.header: the tokens at the end of {self.header_text[-20:]!r} change with the next line; "
+                "expected a header that ends in one line break; remove blank lines and blanks at its end"
+            )
 
     def questions(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
         """Token ids of `{text}:` for each text, the text cut so that none is longer than `max_tokens`."""
         ids = self._after(LINE_END, [text + ANSWER_MARK for text in texts])
-        mark = self._after_mark
+        mark = self._mark
         return [piece if len(piece) <= max_tokens else [*piece[: max_tokens - len(mark)], *mark] for piece in ids]
 
     def tail(self, answer: int) -> list[int]:

@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,10 @@ from filelock import FileLock
 
 from peftrec import assets, attention, config
 from peftrec.errors import ModelError
+
+# Importing peft imports bitsandbytes where it is installed, which then misses its CPU kernels aloud: too early for a
+# function to stop it.
+logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAMPLED = 1024  # values of each tensor that enter the fingerprint
@@ -70,28 +74,33 @@ def load(model: config.Model) -> Backbone:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     packaged = assets.MODELS.get(model.name)
-    source = str(_converted(packaged)) if packaged else model.name
     if packaged and model.revision:
         raise ModelError(f"model.revision: {model.name} is a packaged model of one version; leave revision empty")
+    source = str(_converted(packaged)) if packaged else model.name
     # A packaged model and a saved adapter's base may both be a folder; neither has revisions.
     revision = {"revision": model.revision} if model.revision else {}
     on_gpu = torch.cuda.is_available()
-    kernel = model.attn_implementation
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code, **revision)
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded, loading = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=DTYPES[model.dtype],
-            attn_implementation=attention.register() if kernel == "sdpa" and not on_gpu else kernel,
+            attn_implementation=model.attn_implementation,
             trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
             **revision,
         )
     except (OSError, ValueError) as error:
         raise ModelError(_not_found(model, error)) from error
     loaded.to("cuda" if on_gpu else "cpu").eval().requires_grad_(False)
+    _check_causal(model.name, loaded, loading["missing_keys"])
+    if model.attn_implementation == "sdpa" and not on_gpu:
+        # Only now: transformers has checked that this architecture can do without eager attention's extras.
+        loaded.set_attn_implementation(attention.register())
+    name = Path(model.name).name if Path(model.name).is_dir() else model.name
     base = BaseModel(
-        name=model.name if not Path(model.name).is_dir() else Path(model.name).name,
-        hub_id=packaged.hub_id or model.name if packaged else model.name,
+        name=name,
+        hub_id=(packaged.hub_id if packaged else None) or name,
         revision=model.revision,
         fingerprint=fingerprint(loaded),
         parameters=sum(p.numel() for p in loaded.parameters()),
@@ -102,6 +111,25 @@ def load(model: config.Model) -> Backbone:
         else None,
     )
     return Backbone(loaded, tokenizer, base)
+
+
+def _check_causal(name: str, model: Any, missing: Iterable[str]) -> None:
+    """Refuse encoders, which transformers loads as causal models with a new output layer and a warning."""
+    absent = sorted(missing)
+    if absent:
+        found = f"{len(absent)} of its weights are not in the checkpoint, e.g. {absent[0]}"
+    else:
+        with torch.inference_mode():
+            first, same = (
+                model(input_ids=torch.tensor([[1, following]], device=model.device)).logits[0, 0].float()
+                for following in (2, 3)
+            )
+        if torch.allclose(first, same, atol=1e-3, rtol=1e-3):
+            return
+        found = "a token sees those behind it"
+    raise ModelError(
+        f"model.name: {name} as {type(model).__name__}: {found}; expected a causal language model, not an encoder"
+    )
 
 
 def fingerprint(model: Any) -> str:
@@ -119,14 +147,28 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
+def accelerators() -> list[str]:
+    """Names of the GPUs that this process can use."""
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def use_all_cores(local_processes: int) -> None:
+    """Share this machine's cores among its processes, where there is no GPU.
+
+    `accelerate launch` sets one thread for each process of a CPU run unless it is told otherwise, which would leave all
+    other cores idle. `taskset` limits the cores that count.
+    """
+    if not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_processes))
+
+
 def quiet() -> None:
     """Silence what the libraries say of themselves: weight-loading bars, missing optional kernels."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # bitsandbytes, which importing peft imports where it is installed, misses its CPU kernels aloud.
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

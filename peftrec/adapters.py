@@ -68,6 +68,7 @@ def load(model: Any, folder: str | Path) -> Any:
         ModelError: the folder holds no adapter, or its weights do not fit this model.
     """
     from peft import PeftConfig, PeftModel
+    from safetensors import SafetensorError
 
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
@@ -76,7 +77,7 @@ def load(model: Any, folder: str | Path) -> Any:
     try:
         loaded = PeftModel(model, expected)
         missing = loaded.load_adapter(str(folder), "default")
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ModelError(
             f"{folder}: the adapter does not fit {type(model).__name__} ({' '.join(str(error).split())[:200]}); "
             "load it on the base model that peftrec.json names"

@@ -185,7 +185,7 @@ def fit(
         resume: continue from the newest whole checkpoint in `folder` if there is one.
     """
     steps = total_steps(train, len(train_data))
-    every = max(1, steps // (train.evals or 4))
+    every = math.ceil(steps / (train.evals or 4))  # Trainer adds a pass at the end where none falls there
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=train.num_train_epochs,

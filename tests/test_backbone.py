@@ -1,0 +1,77 @@
+"""Base models load frozen, are told apart by their fingerprint, and the wrong ones are refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from peftrec import backbone, config
+from peftrec.errors import ModelError
+
+
+def model_at(folder: Path, **options: str) -> config.Model:
+    return dataclasses.replace(config.Model(name=str(folder), dtype="float32"), **options)
+
+
+def test_a_folder_loads_frozen_and_says_what_it_is(tiny_llama_folder: Path) -> None:
+    loaded = backbone.load(model_at(tiny_llama_folder))
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert not loaded.model.training
+    assert loaded.base.name == tiny_llama_folder.name
+    assert loaded.base.parameters == sum(p.numel() for p in loaded.model.parameters())
+    assert loaded.tokenizer.bos_token == "<s>"
+
+
+def test_no_local_path_is_published(tiny_llama_folder: Path) -> None:
+    base = backbone.load(model_at(tiny_llama_folder)).base
+    assert str(tiny_llama_folder.parent) not in str(dataclasses.asdict(base))
+
+
+def test_fingerprint_ignores_the_type_and_sees_one_changed_value(tiny_llama_folder: Path) -> None:
+    exact = backbone.load(model_at(tiny_llama_folder))
+    halved = backbone.load(model_at(tiny_llama_folder, dtype="bfloat16"))
+    assert halved.model.dtype == torch.bfloat16
+    assert exact.base.fingerprint == halved.base.fingerprint
+    with torch.no_grad():
+        exact.model.model.norm.weight[0] += 1
+    assert backbone.fingerprint(exact.model) != halved.base.fingerprint
+
+
+def test_models_differ_in_fingerprint(tiny_llama_folder: Path, tiny_qwen2_folder: Path) -> None:
+    assert (
+        backbone.load(model_at(tiny_llama_folder)).base.fingerprint
+        != backbone.load(model_at(tiny_qwen2_folder)).base.fingerprint
+    )
+
+
+def test_encoder_without_output_layer_is_refused(tiny_bert_folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"tiny-bert.*not in the checkpoint.*; expected a causal language model"):
+        backbone.load(model_at(tiny_bert_folder))
+
+
+def test_encoder_that_guesses_masked_words_is_refused(tiny_bert_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    BertForMaskedLM(BertConfig.from_pretrained(tiny_bert_folder)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_bert_folder).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"BertLMHeadModel: .*; expected a causal language model, not an encoder"):
+        backbone.load(model_at(tmp_path))
+
+
+def test_nothing_under_the_name(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model.name: .* could not be loaded .*; expected a packaged model") as caught:
+        backbone.load(model_at(tmp_path / "absent"))
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="could not be loaded"):
+        backbone.load(model_at(tmp_path))
+
+
+def test_packaged_model_has_no_revisions() -> None:
+    with pytest.raises(ModelError, match="leave revision empty"):
+        backbone.load(config.Model(name="smollm2-135m-instruct", revision="main"))

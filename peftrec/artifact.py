@@ -233,7 +233,7 @@ def read(folder: str | Path) -> Artifact:
     reader = Reader(Artifact, str(path))
     artifact = reader.section(Artifact, found_values)
     if reader.problems:
-        more = f" (and {len(reader.problems) - 1} more mistakes)" if len(reader.problems) > 1 else ""
+        more = f" (and {len(reader.problems) - 1} more)" if len(reader.problems) > 1 else ""
         raise ModelError(f"{reader.problems[0]}{more}; fetch the adapter again, or upgrade peftrec")
     return dataclasses.replace(artifact, probes=_probes(probes, path))
 

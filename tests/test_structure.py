@@ -32,6 +32,7 @@ ORDER = (
     "artifact",
     "catalogue",
     "timeline",
+    "encode",
     "attention",
     "backbone",
     "adapters",

@@ -1,0 +1,158 @@
+"""peftrec.json: what is written is read back, and what a stranger may have written is checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftrec import artifact, config
+from peftrec.artifact import Artifact, Base, Probe, PromptFormat, Source
+from peftrec.baselines import Prior
+from peftrec.errors import ModelError
+
+PROMPT = PromptFormat(
+    layout="timeline",
+    header="Rated:\n",
+    item="{title}",
+    answers=[" no", " yes"],
+    answer_ids=[5, 6],
+    max_tokens=64,
+    max_item_tokens=8,
+)
+ABOUT = Artifact(
+    prompt=PROMPT,
+    base_model=Base(name="tiny", hub_id="ns/tiny", fingerprint="f" * 64, parameters=10, dtype="float32"),
+    data=Source(name="ml-100k", sha256="a" * 64),
+    peftrec_version="0.1.0",
+    like_at=4.0,
+    probes=[Probe([("Heat", 1)], "Babe", 0.25)],
+)
+PRIOR = Prior(0.5, {"1": 0.25}, 3.0)
+
+
+def test_written_is_read(tmp_path: Path) -> None:
+    artifact.write(tmp_path, ABOUT, PRIOR)
+    found = artifact.read(tmp_path)
+    assert found == dataclasses.replace(ABOUT, prior="prior.json")
+    assert artifact.read_prior(tmp_path, found) == PRIOR
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["peftrec.json", "prior.json"]
+    values = json.loads((tmp_path / "peftrec.json").read_text())
+    assert values["format"] == 1
+    assert values["probes"] == [{"history": [["Heat", 1]], "candidate": "Babe", "score": 0.25}]
+
+
+def test_without_prior(tmp_path: Path) -> None:
+    artifact.write(tmp_path, ABOUT, None)
+    found = artifact.read(tmp_path)
+    assert found.prior is None
+    assert artifact.read_prior(tmp_path, found) is None
+
+
+def test_text_of_a_prompt() -> None:
+    history = [("Heat", 1), ("Babe", 0)]
+    assert PROMPT.text(history, "Fargo") == "Rated:\nHeat: yes\nBabe: no\nFargo:"
+    own = dataclasses.replace(PROMPT, template="Past:\n{history}And {item}? Answer:")
+    assert own.text(history[:1], "Fargo") == "Past:\nHeat: yes\nAnd Fargo? Answer:"
+
+
+def test_described_run_names_no_path_of_this_machine(codec: Any, tmp_path: Path) -> None:
+    table, base = tmp_path / "events.csv", tmp_path / "my-model"
+    table.touch()
+    base.mkdir()
+    recipe = config.parse_recipe(
+        {"data": {"interactions": str(table), "like_at": 3}, "model": {"name": str(base)}, "output_dir": "runs/x"}, "r"
+    )
+    facts = dataclasses.replace(ABOUT.base_model, name=str(base), hub_id=str(base))
+    about = artifact.describe(
+        recipe,
+        codec,
+        facts,
+        data_name=str(table),
+        data_sha256="0",
+        rated=True,
+        max_item_tokens=128,
+        example=([("Heat", 1)], "Babe"),
+    )
+    artifact.write(tmp_path, about, None)
+    assert str(tmp_path) not in (tmp_path / "peftrec.json").read_text()
+    assert (about.data.name, about.base_model.hub_id, about.like_at) == ("events.csv", "my-model", 3)
+    assert about.prompt.example == f"<s>{codec.header_text}Heat: yes\nBabe:"
+
+
+def test_like_at_of_a_named_data_set(codec: Any) -> None:
+    recipe = config.parse_recipe({"data": {"name": "ml-100k"}, "output_dir": "runs/x"}, "r")
+    facts: dict[str, Any] = {"data_name": "ml-100k", "data_sha256": "0", "max_item_tokens": 9, "example": ([], "Heat")}
+    assert artifact.describe(recipe, codec, ABOUT.base_model, rated=True, **facts).like_at == 4
+    assert artifact.describe(recipe, codec, ABOUT.base_model, rated=False, **facts).like_at is None
+
+
+def changed(*path: str, to: Any) -> Callable[[dict[str, Any]], None]:
+    def change(values: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            values = values[key]
+        values[path[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed("format", to=2), r"format 2; this version reads format 1; upgrade peftrec"),
+        (changed("task", to="rating"), r"task: .*expected click"),
+        (changed("prompt", "item", to="{title.__class__}"), r"prompt.item: .*expected a template with plain"),
+        (changed("prompt", "template", to="{0.x}"), r"prompt.template: .*expected a template"),
+        (changed("prompt", "answer_ids", to=[5]), r"prompt.answer_ids: .*two different values"),
+        (changed("prompt", "max_tokens", to=10**9), r"prompt.max_tokens: .*up to 1,000,000"),
+        (changed("prior", to="../secret.json"), r"prior: .*expected prior.json"),
+        (changed("base_model", to="tiny"), r"base_model: .*expected a mapping.*and 5 more"),
+        (changed("probes", to=[{"history": []}]), r"probes: not a list of objects"),
+        (changed("probes", to=[{"history": [["a", 7]], "candidate": "b", "score": 0}]), r"probes: not a list"),
+        (changed("run_this", to="os.system"), r"run_this: unknown key"),
+    ],
+)
+def test_what_a_stranger_may_write(tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
+    artifact.write(tmp_path, ABOUT, None)
+    path = tmp_path / "peftrec.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=message) as caught:
+        artifact.read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not JSON"), ("[" * 100_000, "not JSON"), ("[1]", "expected a JSON object"), ('{"seed": NaN}', "NaN")],
+)
+def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "peftrec.json").write_text(text)
+    with pytest.raises(ModelError, match=message):
+        artifact.read(tmp_path)
+
+
+def test_size_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact.write(tmp_path, ABOUT, PRIOR)
+    monkeypatch.setitem(artifact.MOST_BYTES, "prior.json", 10)
+    with pytest.raises(ModelError, match=r"prior.json: \d+ bytes; expected at most 10"):
+        artifact.read_prior(tmp_path, artifact.read(tmp_path))
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere: no such folder; expected a folder with an adapter"):
+        artifact.read(tmp_path / "nowhere")
+    artifact.write(tmp_path, ABOUT, PRIOR)
+    (tmp_path / "prior.json").unlink()
+    with pytest.raises(ModelError, match=r"prior.json: no such file, though peftrec.json names it"):
+        artifact.read_prior(tmp_path, artifact.read(tmp_path))
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    artifact.write(run / "adapter", ABOUT, None)
+    with pytest.raises(ModelError, match=r"no peftrec.json in it.*use .*run/adapter"):
+        artifact.read(run)

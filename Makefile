@@ -15,12 +15,10 @@ DEMO := recipes/configs/ml-100k/click_lora_demo.yaml
 .PHONY: demo test lint clean
 
 demo: $(STAMP)
-	@# accelerate gives a process one thread unless told; the number that PyTorch would choose is the right one.
 	@set -e; \
-	found=$$($(BIN)/python -c 'import torch; print("single_gpu" if torch.cuda.is_available() else "cpu", torch.get_num_threads())'); \
+	kind=$$($(BIN)/python -c 'import torch; print("single_gpu" if torch.cuda.is_available() else "cpu")'); \
 	set -x; \
-	$(BIN)/accelerate launch --quiet --config_file recipes/accelerate/$${found% *}.yaml \
-	    --num_cpu_threads_per_process $${found#* } recipes/finetune.py --config $(DEMO)
+	$(BIN)/accelerate launch --quiet --config_file recipes/accelerate/$$kind.yaml recipes/finetune.py --config $(DEMO)
 	@echo
 	@echo 'Next, with films that you know:'
 	@echo '  $(BIN)/peftrec recommend runs/ml-100k-click-lora-demo/adapter --history "Toy Story (1995):yes" "Heat (1995):no"'

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ def main() -> None:
     main_process = PartialState().is_main_process
     say = print if main_process else lambda *_: None
     backbone.quiet()
+    backbone.use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     # Data: tables -> one log of events, each in one split.
     data = interactions.load(recipe.data, recipe.seed)
@@ -104,8 +107,10 @@ def main() -> None:
         )
 
     # Score the rows that are reported, with the adapter and without it.
+    begin = time.perf_counter()
     reported = encoder.evaluate(np.concatenate((valid_rows, test_rows)), recipe.eval.history, prior)
     rows, scores = train.score(model, reported, description="score")
+    score_seconds = time.perf_counter() - begin
     base_scores = None
     if fitted is not None and recipe.eval.base_model:
         with model.disable_adapter():
@@ -152,8 +157,10 @@ def main() -> None:
             eval={
                 **dataclasses.asdict(recipe.eval),
                 "rows": len(rows),
+                "seconds": score_seconds,
                 "shrinkage": dataclasses.asdict(known.shrinkage),
             },
+            hardware=record.hardware(backbone.accelerators()),
             seed=recipe.seed,
         ),
     )
@@ -166,7 +173,7 @@ def main() -> None:
 
 
 def _wanted(recipe: config.Recipe, known: baselines.Predictions) -> list[str]:
-    return [name for name in ("global_mean", *recipe.eval.baselines) if name in known.scores]
+    return [name for name in (*recipe.eval.baselines, "global_mean") if name in known.scores]
 
 
 def _prepare(folder: Path, recipe: config.Recipe, *, resume: bool, main_process: bool) -> None:

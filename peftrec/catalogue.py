@@ -80,13 +80,14 @@ class Catalogue:
     Args:
         items: the items table, or None where there is none.
         template: an item as text, over the table's columns.
+        ids_matter: whether items of one text differ by their ids (they do where a prior is added).
 
     Raises:
         DataError: the template names a column that is not in the table.
     """
 
-    def __init__(self, items: pl.DataFrame | None, template: str) -> None:
-        self.items, self.template = items, template
+    def __init__(self, items: pl.DataFrame | None, template: str, *, ids_matter: bool = True) -> None:
+        self.items, self.template, self.ids_matter = items, template, ids_matter
         self._fields = placeholders(template)
         self.texts: list[str] = [] if items is None else item_texts(items, template)
 
@@ -185,7 +186,8 @@ class Catalogue:
         if not rows:
             return None
         # One item under two ids cannot be told apart by any title: no warning could be acted on.
-        if len({self._label(row) for row in rows}) > 1:
+        meanings = {self._label(row) if self.ids_matter else self.texts[row] for row in rows}
+        if len(meanings) > 1:
             meant = " or ".join(f"{self._label(row)!r}" for row in rows[:4])
             warnings.warn(f"{where}: {title!r} may be {meant}; the first is taken; say which", stacklevel=2)
         return rows[0]

@@ -93,7 +93,7 @@ class Recommender:
                 f"{tokenizer.bos_token!r}; the adapter was trained with {self.prompt.answer_ids} behind "
                 f"{self.prompt.bos!r}; load it on the base model that it names, {about.base_model.hub_id}"
             )
-        self.catalogue = Catalogue(items, self.prompt.item)
+        self.catalogue = Catalogue(items, self.prompt.item, ids_matter=prior is not None)
 
     @classmethod
     def from_pretrained(

@@ -185,6 +185,12 @@ def test_an_ambiguous_title_is_said() -> None:
         assert Catalogue(FILMS, "{title}").find("Sabrina", "here").row == 2
 
 
+def test_one_text_is_not_ambiguous_where_ids_do_not_matter() -> None:
+    assert Catalogue(FILMS, "{title}", ids_matter=False).find("Sabrina", "here").text == "Sabrina"
+    with pytest.warns(UserWarning, match="may be"):
+        Catalogue(FILMS, "{title} ({year})", ids_matter=False).find("Sabrina", "here")
+
+
 def test_unknown_ids() -> None:
     with pytest.raises(
         DataError, match=r"here: no item id 15 in the items table of 5 items; nearest are 14 187, 13 Sabrina"

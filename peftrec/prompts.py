@@ -121,10 +121,12 @@ class Codec:
     def _after(self, before: str, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text where it stands behind `before`.
 
-        Tokenizers that mark word starts (SentencePiece) would put a blank in front of a text that stands alone.
+        Tokenizers that mark word starts (SentencePiece) would put a blank in front of a text that stands alone. A title
+        that spells a special token stays text: only the recipe's header or template may hold special tokens.
         """
         prefix = self._plain_ids(before)
-        whole = self.tokenizer([before + text for text in texts], add_special_tokens=False)["input_ids"]
+        joined = [before + text for text in texts]
+        whole = self.tokenizer(joined, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         for text, ids in zip(texts, whole, strict=True):
             if list(ids[: len(prefix)]) != prefix:
                 raise ModelError(

@@ -242,7 +242,7 @@ class Recommender:
         kept = _newest([len(line) for line in lines], room)
         history = [*self.codec.header, *(token for line in lines[len(lines) - kept :] for token in line)]
         pieces = Pieces.of(self._questions(candidates))
-        scores = scorer.score_candidates(self.model, self.codec, np.asarray(history, dtype=np.int64), pieces)
+        scores = scorer.score_candidates(self.model, np.asarray(history, dtype=np.int64), pieces)
         return scores.astype(np.float64)
 
     def _score_templated(self, shown: Sequence[Event], candidates: Sequence[str]) -> Floats:

@@ -18,7 +18,7 @@ from peftrec.errors import ModelError
 from peftrec.timeline import WindowDataset, collate
 
 if TYPE_CHECKING:
-    from peftrec.prompts import Codec, Pieces
+    from peftrec.prompts import Pieces
 
 
 class AnswerHead(nn.Module):
@@ -120,15 +120,13 @@ def score_rows(model: Any, data: WindowDataset, indices: Sequence[int], progress
 
 
 @torch.inference_mode()
-def score_candidates(
-    model: Any, codec: Codec, history: np.ndarray, candidates: Pieces, *, chunk_tokens: int = 1024
-) -> np.ndarray:
+def score_candidates(model: Any, history: np.ndarray, candidates: Pieces, *, chunk_tokens: int = 1024) -> np.ndarray:
     """Score candidates behind one history: the history is computed once, candidates do not see each other.
 
     Args:
         model: base model or PEFT model with an `AnswerHead`.
-        codec: the prompt (unused tokens never enter; kept for its header when the history is empty).
-        history: token ids of header and past events, (L,).
+        history: token ids of header and past events, (L,); read in the order in which they stand, so that an event
+            sees all events above it.
         candidates: each candidate's `{text}:` pieces.
         chunk_tokens: candidate tokens in one forward.
 

@@ -49,7 +49,7 @@ class Fitted:
 
 
 def score(
-    model: Any, data: WindowDataset, *, description: str, accelerator: Any = None
+    model: Any, data: WindowDataset, *, description: str, processes: Any = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score every read row of `data` once, over all processes: (rows, model's log-odds without the prior), row order.
 
@@ -57,9 +57,9 @@ def score(
         model: base or PEFT model with an answer head.
         data: packed rows.
         description: what the progress bar says.
-        accelerator: shards the rows over its processes; None is one process.
+        processes: accelerate's state (or Accelerator), over whose processes the rows are dealt; None is one process.
     """
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
     mine = range(rank, len(data), world)
     with tqdm(total=data.events, desc=description, unit=" events", disable=rank > 0, leave=False) as bar:
         scores = scorer.score_rows(model, data, mine, progress=lambda n: bar.update(n * world))
@@ -92,7 +92,7 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Score the validation rows and report their metrics."""
         model = self.accelerator.unwrap_model(self.model)
-        rows, scores = score(model, self.eval_dataset, description="valid", accelerator=self.accelerator)
+        rows, scores = score(model, self.eval_dataset, description="valid", processes=self.accelerator)
         metrics = self.to_metrics(rows, scores + self.eval_dataset.prior[rows])
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(metrics)

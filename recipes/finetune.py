@@ -37,7 +37,7 @@ from peftrec import (
     split,
     train,
 )
-from peftrec.errors import as_one_line
+from peftrec.errors import ConfigError, DataError, as_one_line
 from peftrec.recommender import Recommender
 
 PROBES = 8  # questions whose scores are saved with the adapter
@@ -50,7 +50,8 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     recipe = config.load_recipe(arguments.config, overrides)
     folder = Path(recipe.output_dir)
-    main_process = PartialState().is_main_process
+    state = PartialState()
+    main_process = state.is_main_process
     say = print if main_process else lambda *_: None
     backbone.quiet()
     backbone.use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -81,6 +82,11 @@ def main() -> None:
         np.flatnonzero(log.split == split.VALID), log.user, recipe.eval.max_valid_rows, drawn
     )
     test_rows = encode.whole_users(np.flatnonzero(log.split == split.TEST), log.user, recipe.eval.max_test_rows, drawn)
+    if recipe.train.metric_for_best_model != "loss" and len(np.unique(log.label[valid_rows])) < 2:
+        raise DataError(
+            f"train.metric_for_best_model: {recipe.train.metric_for_best_model} is not defined on the validation rows, "
+            "which have one class; choose loss, or a larger data.split.valid"
+        )
     fitted: train.Fitted | None = None
     if recipe.adapter.method != "none":
         model = adapters.attach(model, recipe.adapter, base_name=loaded.base.hub_id, seed=recipe.seed)
@@ -109,12 +115,12 @@ def main() -> None:
     # Score the rows that are reported, with the adapter and without it.
     begin = time.perf_counter()
     reported = encoder.evaluate(np.concatenate((valid_rows, test_rows)), recipe.eval.history, prior)
-    rows, scores = train.score(model, reported, description="score")
+    rows, scores = train.score(model, reported, description="score", processes=state)
     score_seconds = time.perf_counter() - begin
     base_scores = None
     if fitted is not None and recipe.eval.base_model:
         with model.disable_adapter():
-            _, base_scores = train.score(model, reported, description="score, base model")
+            _, base_scores = train.score(model, reported, description="score, base model", processes=state)
     if not main_process:
         return
 
@@ -179,18 +185,17 @@ def _wanted(recipe: config.Recipe, known: baselines.Predictions) -> list[str]:
 def _prepare(folder: Path, recipe: config.Recipe, *, resume: bool, main_process: bool) -> None:
     """The run folder as training expects it: with `resume` as it was left, otherwise without an earlier run's files."""
     written, wanted = folder / "config.yaml", config.dump_recipe(recipe)
-    if resume:
-        if written.is_file() and written.read_text() != wanted:
-            raise config.ConfigError(
-                f"{written}: the run that was begun here has another recipe; --resume continues the same one; "
-                "repeat its command word for word, or start anew without --resume"
-            )
-        return
-    if main_process:
+    if resume and written.is_file() and written.read_text() != wanted:
+        raise ConfigError(
+            f"{written}: the run that was begun here has another recipe; --resume continues the same one; "
+            "repeat its command word for word, or start anew without --resume"
+        )
+    if main_process and not resume:
         for name in ("run.json", "predictions.parquet"):
             (folder / name).unlink(missing_ok=True)
         for name in ("checkpoints", "figures", "adapter"):
             shutil.rmtree(folder / name, ignore_errors=True)
+    if main_process:
         folder.mkdir(parents=True, exist_ok=True)
         written.write_text(wanted)
     PartialState().wait_for_everyone()

@@ -77,6 +77,12 @@ class TestCodec:
         whole = "Films\n" + "".join(f"{text}: yes\n" for text in folded)
         assert built == [tokenizer.bos_token_id, *ids(tokenizer, whole)]
 
+    def test_a_title_that_spells_a_special_token_stays_text(self, tokenizer: Any, header: str) -> None:
+        codec = Codec(tokenizer, header, [" no", " yes"])
+        (question,) = codec.questions([f"Heat {tokenizer.bos_token}"], max_tokens=64)
+        assert tokenizer.bos_token_id not in question
+        assert tokenizer.decode(question) == f"Heat {tokenizer.bos_token}:"
+
     def test_one_line_end_behind_a_header(self, tokenizer: Any) -> None:
         assert Codec(tokenizer, "Films", [" no", " yes"]).header == Codec(tokenizer, "Films\n", [" no", " yes"]).header
 

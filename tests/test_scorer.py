@@ -319,22 +319,22 @@ class TestScoreCandidates:
     ) -> None:
         model = load_tiny(request.getfixturevalue(folder))
         history, candidates = self.parts(log, codec, questions)
-        found = scorer.score_candidates(model, codec, history, candidates, chunk_tokens=chunk_tokens)
+        found = scorer.score_candidates(model, history, candidates, chunk_tokens=chunk_tokens)
         expected = scores_of(model, dataset(log, codec, questions, sight_of(log, "frozen")))
         np.testing.assert_allclose(found, [expected[row] for row in (3, 4, 5, 6)], **CLOSE)
 
     def test_order_of_candidates_does_not_matter(self, tiny_model: Any, log: Log, codec: Any, questions: Any) -> None:
         history, candidates = self.parts(log, codec, questions)
         lists = [candidates.flat[a:b].tolist() for a, b in zip(candidates.start, candidates.start[1:], strict=False)]
-        found = scorer.score_candidates(tiny_model, codec, history, candidates)
-        back = scorer.score_candidates(tiny_model, codec, history, Pieces.of(lists[::-1]))
+        found = scorer.score_candidates(tiny_model, history, candidates)
+        back = scorer.score_candidates(tiny_model, history, Pieces.of(lists[::-1]))
         np.testing.assert_allclose(found, back[::-1], **CLOSE)
 
     def test_empty_history_and_no_candidates(self, tiny_model: Any, log: Log, codec: Any, questions: Any) -> None:
         _, candidates = self.parts(log, codec, questions)
-        cold = scorer.score_candidates(tiny_model, codec, np.asarray(codec.header), candidates)
+        cold = scorer.score_candidates(tiny_model, np.asarray(codec.header), candidates)
         assert np.isfinite(cold).all()
-        assert scorer.score_candidates(tiny_model, codec, np.asarray(codec.header), Pieces.of([])).shape == (0,)
+        assert scorer.score_candidates(tiny_model, np.asarray(codec.header), Pieces.of([])).shape == (0,)
 
 
 class TestLoss:

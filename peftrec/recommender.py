@@ -22,6 +22,7 @@ from peftrec.catalogue import Catalogue, Item, read_history, read_items
 from peftrec.datasets import DATASETS
 from peftrec.errors import DataError, ModelError
 from peftrec.prompts import Codec, Pieces
+from peftrec.schema import read_yaml
 from peftrec.timeline import PromptWindows, WindowDataset
 
 Floats = npt.NDArray[np.float64]
@@ -115,7 +116,8 @@ class Recommender:
             items: the items table (a file, a polars or a pandas frame); None takes that of the data set that the
                 adapter was trained on where peftrec knows it by name, else there is none.
             columns: our name -> name in the items table.
-            base_model: a folder, Hub id or packaged model to use instead of the one that the adapter names.
+            base_model: a folder, Hub id or packaged model to use instead of the one that the adapter names; not needed
+                while the adapter lies in the folder of its run, whose recipe knows.
             device: as in torch; None is the GPU if there is one.
             dtype: of the base weights, float32, bfloat16 or float16; None is that of the training.
             prior: whether the saved prior is added to the model's score.
@@ -129,7 +131,7 @@ class Recommender:
         about = artifact.read(folder)
         saved_prior = artifact.read_prior(folder, about) if prior else None
         table = _items(items, columns, about)
-        loaded = _load_base(about, base_model, dtype)
+        loaded = _load_base(about, base_model or _base_of_run(Path(folder)), dtype)
         _check_fingerprint(about, loaded.base, strict)
         model = adapters.load(scorer.answer_only(loaded.model, about.prompt.answer_ids), folder)
         if device is not None:
@@ -305,6 +307,15 @@ def _items(items: Any, columns: dict[str, str] | None, about: artifact.Artifact)
         return read_items(items, columns)
     named = DATASETS.get(about.data.name)
     return None if named is None else read_items(named.load().items)
+
+
+def _base_of_run(folder: Path) -> str | None:
+    """The local base model of the run that the adapter still lies in: `peftrec.json` itself names no path."""
+    recipe = folder.parent / "config.yaml"
+    if not recipe.is_file():
+        return None
+    name = config.parse_recipe(read_yaml(recipe), str(recipe)).model.name
+    return name if Path(name).is_dir() else None
 
 
 def _load_base(about: artifact.Artifact, base_model: str | Path | None, dtype: str | None) -> backbone.Backbone:

@@ -48,9 +48,7 @@ class Fitted:
         return self.events / self.seconds if self.seconds else math.nan
 
 
-def score(
-    model: Any, data: WindowDataset, *, description: str, processes: Any = None
-) -> tuple[np.ndarray, np.ndarray]:
+def score(model: Any, data: WindowDataset, *, description: str, processes: Any = None) -> tuple[np.ndarray, np.ndarray]:
     """Score every read row of `data` once, over all processes: (rows, model's log-odds without the prior), row order.
 
     Args:

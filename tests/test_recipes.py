@@ -1,0 +1,218 @@
+"""The recipe as people run it: a process of its own, its files afterwards, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from safetensors.numpy import load_file
+
+from peftrec import Recommender, record, report
+
+ROOT = Path(__file__).parents[1]
+FINETUNE = ROOT / "recipes" / "finetune.py"
+CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
+FOLDER = {"config.yaml", "run.json", "predictions.parquet", "figures", "adapter"}
+ADAPTER = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "peftrec.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+def finetune(*arguments: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, FINETUNE, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def check_folder(run: Path) -> record.RunRecord:
+    """Everything that a run promises is there, and the predictions alone give the same figures again."""
+    assert {path.name for path in run.iterdir()} == FOLDER
+    assert {path.name for path in (run / "adapter").iterdir()} >= ADAPTER
+    assert not (run / "adapter" / "README.md").exists()
+    found = record.read_record(run)
+    again = report.compare_run(run).facts()
+    assert again["metrics"].keys() == found.metrics.keys()
+    for key, value in again["metrics"].items():
+        assert np.isnan(value) if found.metrics[key] is None else value == pytest.approx(found.metrics[key], abs=1e-12)
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert any(np.abs(tensor).max() > 0 for name, tensor in weights.items() if "lora_B" in name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_recipe_runs_two_steps(path: Path, tmp_path: Path) -> None:
+    """Real data and the real base model; the person's table and the adapter folder are there at the end."""
+    small = {
+        "train.max_steps": 2,
+        "train.evals": 1,
+        "train.gradient_accumulation_steps": 1,
+        "data.sample_users": 40,
+        "prompt.max_tokens": 256,
+        "eval.max_valid_rows": 20,
+        "eval.max_test_rows": 40,
+        "output_dir": tmp_path / "run",
+    }
+    if "lora" in path.stem:
+        small["prompt.overlap"] = 64
+    done = finetune("--config", path, *(word for key, value in small.items() for word in (f"--{key}", value)))
+    found = check_folder(tmp_path / "run")
+    assert found.train["steps"] == 2
+    assert {path.name for path in (tmp_path / "run/figures").iterdir()} == {
+        "loss.png",
+        "roc.png",
+        "calibration.png",
+        "slices.png",
+    }
+    assert set(found.baselines) >= {"base_model", "item_mean", "bias", "popularity"}
+    for words in ("user+item bias", "AUC by slice", "recommended", "everything is in"):
+        assert words in done.stdout
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A person's own data under other names: 24 users, 30 films, 20 ratings each, and the same as prompt records."""
+    folder = tmp_path_factory.mktemp("tables")
+    random = np.random.default_rng(5)
+    user = np.repeat(np.arange(24), 20)
+    film = np.concatenate([random.permutation(30)[:20] for _ in range(24)])
+    stars = np.clip(np.round(3.4 + (film % 5 - 2) * 0.6 + random.normal(size=len(user))), 1, 5).astype(int)
+    seconds = 1_000_000 + random.permutation(len(user)) // 3 * 60  # some share their second
+    pl.DataFrame({"uid": user, "movieId": film, "stars": stars, "ts": seconds}).write_csv(folder / "ratings.csv")
+    pl.DataFrame({"movieId": np.arange(30), "title": [f"Film {k}" for k in range(30)]}).write_csv(folder / "films.csv")
+    lines = [
+        {"instruction": "Will they like it?", "input": f"Film {f}", "output": "Yes." if s >= 4 else "No."}
+        for f, s in zip(film.tolist(), stars.tolist(), strict=True)
+    ]
+    (folder / "records.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def own_recipe(tables: Path, model: Path, run: Path, *, data: str, prompt: str = "", more: str = "") -> Path:
+    text = f"""
+task: click
+data: {data}
+prompt: {{max_tokens: 256, {prompt}}}
+model: {{name: {model}, dtype: float32}}
+adapter: {{method: lora, r: 4, lora_alpha: 8}}
+train: {{max_steps: 3, evals: 1, learning_rate: 1.0e-2, gradient_accumulation_steps: 1, logging_steps: 1}}
+eval: {{bootstrap: 20, recommend_k: 3{", " + more if more else ""}}}
+output_dir: {run}
+"""
+    path = tables / f"{run.name}.yaml"
+    path.write_text(text)
+    return path
+
+
+FILM_COLUMNS: dict[str, Any] = {"columns": {"item_id": "movieId"}}
+COLUMNS = "columns: {user_id: uid, item_id: movieId, rating: stars, timestamp: ts}, like_at: 4"
+
+
+@pytest.mark.parametrize(
+    ("split", "prompt", "more"),
+    [
+        ("{kind: leave_last_out}", "overlap: 64", "history: frozen"),
+        ("{kind: kfold, folds: 4, valid: 0.2}", "overlap: 64, history: liked", "history: frozen"),
+        (
+            "{kind: cold_item, valid: 0.2, test: 0.2}",
+            'layout: pointwise, template: "{history}? {item}:"',
+            "ties: order",
+        ),
+    ],
+    ids=["leave_last_out", "kfold", "cold_item"],
+)
+def test_own_tables(tables: Path, tiny_llama_folder: Path, tmp_path: Path, split: str, prompt: str, more: str) -> None:
+    data = f"{{interactions: {tables}/ratings.csv, items: {tables}/films.csv, {COLUMNS}, split: {split}}}"
+    path = own_recipe(tables, tiny_llama_folder, tmp_path / "run", data=data, prompt=prompt, more=more)
+    finetune("--config", path)
+    found = check_folder(tmp_path / "run")
+    assert found.data["rows"] == 480
+    recommender = Recommender.from_pretrained(tmp_path / "run/adapter", items=tables / "films.csv", **FILM_COLUMNS)
+    assert len(recommender.rank([("Film 1", 1)], k=3)) == 3
+    table = record.read_predictions(tmp_path / "run")
+    counted = {name: facts["rows"] for name, facts in found.data["splits"].items() if name != "train"}
+    assert dict(table["split"].value_counts().iter_rows()) == counted
+    assert str(tiny_llama_folder) not in (tmp_path / "run/adapter/peftrec.json").read_text()
+    assert str(tiny_llama_folder) not in (tmp_path / "run/adapter/adapter_config.json").read_text()
+
+
+def test_prompt_records(tables: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    data = f"{{records: {tables}/records.jsonl, split: {{kind: kfold, folds: 4, valid: 0.2}}}}"
+    path = own_recipe(tables, tiny_llama_folder, tmp_path / "run", data=data, prompt="layout: pointwise")
+    finetune("--config", path)
+    found = check_folder(tmp_path / "run")
+    assert set(found.baselines) == {"base_model", "global_mean"}
+
+
+def test_killed_and_resumed_equals_never_killed(tables: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    data = f"{{interactions: {tables}/ratings.csv, items: {tables}/films.csv, {COLUMNS}}}"
+    steps = ["--train.max_steps", 40, "--train.evals", 10, "--adapter.lora_dropout", 0.1]
+    runs = [tmp_path / name for name in ("whole", "killed")]
+    recipes = [own_recipe(tables, tiny_llama_folder, run, data=data, prompt="overlap: 64") for run in runs]
+    finetune("--config", recipes[0], *steps)
+
+    arguments = [sys.executable, FINETUNE, "--config", recipes[1], *steps]
+    process = subprocess.Popen(
+        list(map(str, arguments)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+    )
+    end = time.monotonic() + 300
+    while not list(runs[1].glob("checkpoints/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (runs[1] / "run.json").exists()
+
+    other = finetune("--config", recipes[1], "--resume", expect=2)  # the steps are missing: another recipe
+    assert other.stderr.count("\n") == 1
+    assert "another recipe" in other.stderr
+    finetune("--config", recipes[1], *steps, "--resume")
+    whole, killed = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
+    assert whole.keys() == killed.keys()
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], killed[name])
+    assert check_folder(runs[0]).metrics == check_folder(runs[1]).metrics
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (["--data.columns", "{user_id: usr, item_id: movieId, rating: stars, timestamp: ts}"], r"no column 'usr'"),
+        (["--prompt.item", "{titel}"], r"did you mean {title}"),
+        (["--model.name", "nobody/nothing"], r"model.name: nobody/nothing could not be loaded"),
+        (["--adapter.target_modules", "[nothing]"], r"adapter.target_modules: .* matches nothing"),
+    ],
+    ids=["column", "template", "model", "targets"],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    tables: Path, tiny_llama_folder: Path, tmp_path: Path, override: list[str], line: str
+) -> None:
+    data = f"{{interactions: {tables}/ratings.csv, items: {tables}/films.csv, {COLUMNS}}}"
+    path = own_recipe(tables, tiny_llama_folder, tmp_path / "run", data=data, prompt="overlap: 64")
+    done = finetune("--config", path, *override, expect=2)
+    assert "Traceback" not in done.stderr
+    (only,) = done.stderr.strip().splitlines()
+    assert re.search(line, only), only
+    assert not (tmp_path / "run").exists()

@@ -20,7 +20,7 @@ demo: $(STAMP)
 	kind=$$($(BIN)/python -c 'import torch; print("single_gpu" if torch.cuda.is_available() else "cpu")'); \
 	set -x; \
 	$(BIN)/accelerate launch --quiet --config_file recipes/accelerate/$$kind.yaml --num_cpu_threads_per_process 1 \
-	    recipes/finetune.py --config $(DEMO)
+	    recipes/finetune.py --config $(DEMO) --overwrite
 	@echo
 	@echo 'Next, with films that you know:'
 	@echo '  $(BIN)/peftrec recommend runs/ml-100k-click-lora-demo/adapter --history "Toy Story (1995):yes" "Heat (1995):no"'

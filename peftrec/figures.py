@@ -19,12 +19,13 @@ from matplotlib.ticker import MaxNLocator
 
 from peftrec.errors import PeftrecError
 from peftrec.metrics import ECE_BINS, Interval, auc, click_metrics
-from peftrec.record import ADAPTER, BASE_MODEL, NO_PRIOR, atomic
+from peftrec.record import ADAPTER, BASE_MODEL, BASE_MODEL_NO_PRIOR, NO_PRIOR, atomic
 
 LABELS = {
     ADAPTER: "adapter",
     NO_PRIOR: "adapter, no prior",
     BASE_MODEL: "base model, untrained",
+    BASE_MODEL_NO_PRIOR: "base model, no prior",
     "item_mean": "item mean",
     "bias": "user+item bias",
     "global_mean": "global mean",

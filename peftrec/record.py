@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 RUN, PREDICTIONS = "run.json", "predictions.parquet"
-ADAPTER, NO_PRIOR, BASE_MODEL = "adapter", "adapter_no_prior", "base_model"
+ADAPTER, NO_PRIOR = "adapter", "adapter_no_prior"
+BASE_MODEL, BASE_MODEL_NO_PRIOR = "base_model", "base_model_no_prior"
 """Names of the model's own scorers; the others are baselines."""
 
 _BASELINE, _SLICE = "baseline/", "slice/"
@@ -252,13 +253,18 @@ def predictions(
     return pl.DataFrame(columns)
 
 
-def scorers(table: pl.DataFrame) -> dict[str, npt.NDArray[np.float64]]:
-    """Scorer -> log-odds of each row of a predictions table: the adapter first, the baselines last."""
+def scorers(table: pl.DataFrame, *, trained: bool = True) -> dict[str, npt.NDArray[np.float64]]:
+    """Scorer -> log-odds of each row of a predictions table: the model first, the baselines last.
+
+    Args:
+        table: see `predictions`.
+        trained: whether the model had an adapter (`adapter.method` is not none).
+    """
     score, prior = table["score"].to_numpy(), table["prior"].to_numpy()
-    found = {ADAPTER: score}
+    found = {ADAPTER if trained else BASE_MODEL: score}
     if prior.any():
         # The model scored in float32; rounding to it undoes the addition exactly, ties included.
-        found[NO_PRIOR] = (score - prior).astype(np.float32).astype(np.float64)
+        found[NO_PRIOR if trained else BASE_MODEL_NO_PRIOR] = (score - prior).astype(np.float32).astype(np.float64)
     if "base_score" in table.columns:
         found[BASE_MODEL] = table["base_score"].to_numpy()
     return found | {name: column.to_numpy() for name, column in _columns(table, _BASELINE)}

@@ -208,9 +208,9 @@ def compare_predictions(table: pl.DataFrame, recipe: config.Recipe, split: str =
     return _compare(
         rows["label"].to_numpy(),
         rows["user_id"].to_numpy(),
-        record.scorers(rows),
+        record.scorers(rows, trained=recipe.adapter.method != "none"),
         {name: member for name, member in record.members(rows).items() if name in wanted},
-        sight(recipe.eval),
+        sight(recipe),
         RANKING_ONLY,
         recipe.eval.bootstrap,
         recipe.seed,
@@ -230,16 +230,19 @@ def compare_run(run: str | Path) -> Comparison:
     return compare_predictions(table, config.parse_recipe(read_yaml(path), str(path)))
 
 
-def sight(how: config.Eval) -> str:
+def sight(recipe: config.Recipe) -> str:
     """What a validation or test row knows, in one sentence."""
+    how = recipe.eval
     history = {
         "streaming": "A row knows every event earlier in time, of all splits (streaming history)",
-        "frozen": "A row knows the training events and nothing later (frozen history)",
+        "frozen": "A row knows the training events only (frozen history)",
     }[how.history]
     ties = {
         "isolate": "events of one timestamp do not see each other's answers",
         "order": "events of one timestamp see the answers above them",
     }[how.ties]
+    if recipe.prompt.history == "liked":
+        return f"{history}; {ties}; the model is shown what was liked, the baselines also count what was not."
     return f"{history}; {ties}; the baselines know the same."
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -19,13 +20,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
-from peftrec import adapters, config, scorer
+from peftrec import adapters, backbone, config, scorer
 from peftrec.errors import PeftrecError
 from peftrec.timeline import WindowDataset, collate
 
+STATE = "trainer_state.json"
 LEAST_FREE = 1_000_000  # bytes; with less than this on the disk a failed write is put down to it
 
 ScoresToMetrics = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # (rows, scores with prior) -> metrics
@@ -96,6 +98,13 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take over a run that had ended: its log, its clock and its best weights, without another step."""
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        self._load_callback_state()
+        best = checkpoint.with_name(f"checkpoint-{self.state.best_global_step or self.state.global_step}")
+        self._load_from_checkpoint(str(best))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         del state_dict
@@ -182,6 +191,8 @@ def fit(
         seed: of data order and dropout.
         resume: continue from the newest whole checkpoint in `folder` if there is one.
     """
+    # The checkpoints are removed when the run has ended; what a tracker writes to files stays.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "logs"))
     steps = total_steps(train, len(train_data))
     every = math.ceil(steps / (train.evals or 4))  # Trainer adds a pass at the end where none falls there
     arguments = TrainingArguments(
@@ -208,10 +219,10 @@ def fit(
         logging_steps=train.logging_steps,
         report_to=train.report_to,
         seed=seed,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not backbone.has_gpu(),
         remove_unused_columns=False,
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=backbone.has_gpu(),
     )
     trainer = WindowTrainer(
         model=model, args=arguments, train_dataset=train_data, eval_dataset=valid_data, to_metrics=to_metrics
@@ -222,8 +233,12 @@ def fit(
     trainer.add_callback(Clock())
     if train.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(train.early_stopping_patience))
+    newest = _newest_checkpoint(folder) if resume else None
     try:
-        trainer.train(resume_from_checkpoint=_newest_checkpoint(folder) if resume else None)
+        if newest and _ended(newest):
+            trainer.restore(newest)
+        else:
+            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     except (OSError, RuntimeError, SafetensorError) as error:
         # Each library has its own exception for a write that failed; what they have in common is the disk.
         if shutil.disk_usage(folder).free > LEAST_FREE:
@@ -260,16 +275,23 @@ def total_steps(train: config.Train, rows: int) -> int:
     return max(1, math.ceil(train.num_train_epochs * steps_per_epoch(train, rows)))
 
 
-def _newest_checkpoint(folder: Path) -> str | None:
+def _newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
-    found = [path for path in folder.glob("checkpoint-*") if _whole(path)]
-    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+    found = [path for path in folder.glob("checkpoint-*") if _state(path)]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2])) if found else None
 
 
-def _whole(checkpoint: Path) -> bool:
-    """Whether `trainer_state.json`, which Trainer writes last, is there to its last brace."""
+def _state(checkpoint: Path) -> dict[str, Any]:
+    """What Trainer writes last into a checkpoint; empty where it is missing or cut short."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
     except (OSError, ValueError):
-        return False
-    return True
+        return {}
+    return state
+
+
+def _ended(checkpoint: Path) -> bool:
+    """Whether no step was to follow: all were done, or early stopping had ended the run."""
+    state = _state(checkpoint)
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    return state["global_step"] >= state["max_steps"] or bool(control.get("should_training_stop"))

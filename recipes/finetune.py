@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,25 @@ from peftrec.errors import ConfigError, DataError, as_one_line
 from peftrec.recommender import Recommender
 
 PROBES = 8  # questions whose scores are saved with the adapter
+MOST_CANDIDATES = 2000  # ranked at the end for one person
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a recipe; any of its keys can follow as --section.key value")
     parser.add_argument("--resume", action="store_true", help="continue a killed run from its newest checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in output_dir")
     arguments, overrides = parser.parse_known_args()
     recipe = config.load_recipe(arguments.config, overrides)
     folder = Path(recipe.output_dir)
     state = PartialState()
-    main_process = state.is_main_process
-    say = print if main_process else lambda *_: None
+    say = print if state.is_main_process else lambda *_: None
     backbone.quiet()
     backbone.use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if not _may_begin(folder, recipe, resume=arguments.resume, overwrite=arguments.overwrite):
+        say(f"{folder}: this run has ended; there is nothing to resume")
+        return
+    state.wait_for_everyone()  # nobody writes there before everybody has looked
 
     # Data: tables -> one log of events, each in one split.
     data = interactions.load(recipe.data, recipe.seed)
@@ -82,11 +88,19 @@ def main() -> None:
         np.flatnonzero(log.split == split.VALID), log.user, recipe.eval.max_valid_rows, drawn
     )
     test_rows = encode.whole_users(np.flatnonzero(log.split == split.TEST), log.user, recipe.eval.max_test_rows, drawn)
-    if recipe.train.metric_for_best_model != "loss" and len(np.unique(log.label[valid_rows])) < 2:
+
+    def to_metrics(rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+        measured = metrics.click_metrics(log.label[rows], scores, log.user[rows])
+        return {"loss": measured["log_loss"], "auc": measured["auc"], "uauc": measured["uauc"]}
+
+    choice = recipe.train.metric_for_best_model
+    if not np.isfinite(to_metrics(valid_rows, np.zeros(len(valid_rows)))[choice]):
         raise DataError(
-            f"train.metric_for_best_model: {recipe.train.metric_for_best_model} is not defined on the validation rows, "
-            "which have one class; choose loss, or a larger data.split.valid"
+            f"train.metric_for_best_model: {choice} is not defined on the validation rows, since nobody there has both "
+            "answers; choose loss, or a larger data.split.valid"
         )
+    if state.is_main_process:
+        _prepare(folder, recipe, resume=arguments.resume)
     fitted: train.Fitted | None = None
     if recipe.adapter.method != "none":
         model = adapters.attach(model, recipe.adapter, base_name=loaded.base.hub_id, seed=recipe.seed)
@@ -95,12 +109,6 @@ def main() -> None:
             f"train: {adapters.trainable_parameters(model) / 1e6:.2f} M parameters on {data_train.events:,} events, "
             f"{data_train.tokens:,} tokens in {len(data_train):,} rows an epoch"
         )
-        _prepare(folder, recipe, resume=arguments.resume, main_process=main_process)
-
-        def to_metrics(rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-            measured = metrics.click_metrics(log.label[rows], scores, log.user[rows])
-            return {"loss": measured["log_loss"], "auc": measured["auc"], "uauc": measured["uauc"]}
-
         fitted = train.fit(
             model,
             data_train,
@@ -121,7 +129,7 @@ def main() -> None:
     if fitted is not None and recipe.eval.base_model:
         with model.disable_adapter():
             _, base_scores = train.score(model, reported, description="score, base model", processes=state)
-    if not main_process:
+    if not state.is_main_process:
         return
 
     # Everything below is written by one process: predictions, tables, figures, adapter.
@@ -133,7 +141,6 @@ def main() -> None:
         base_score=base_scores,
         baselines={name: known.scores[name][rows] for name in _wanted(recipe, known)},
     )
-    folder.mkdir(parents=True, exist_ok=True)
     record.write_predictions(folder, table)
     comparison = report.compare_predictions(table, recipe)
     tested = table.filter(table["split"] == "test")
@@ -142,14 +149,32 @@ def main() -> None:
         train_log=fitted.log if fitted else [],
         best_step=fitted.best_step if fitted else None,
         label=tested["label"].to_numpy(),
-        scores=record.scorers(tested),
+        scores=record.scorers(tested, trained=fitted is not None),
         intervals=comparison.intervals,
         rows={name: size.rows for name, size in comparison.sizes.items()},
         ranking_only=baselines.RANKING_ONLY,
     )
+    about: artifact.Artifact | None = None
     facts: dict[str, Any] = {"method": recipe.adapter.method}
     if fitted is not None:
-        facts |= _save(folder / "adapter", model, recipe, data, log, encoder, loaded, known)
+        about = artifact.describe(
+            recipe,
+            encoder.codec,
+            loaded.base,
+            data_name=data.name,
+            data_sha256=data.sha256,
+            rated=log.rating is not None,
+            max_item_tokens=encoder.max_item_tokens,
+            example=encoder.example(),
+            template=encoder.template,
+        )
+        saved_prior = baselines.fit_prior(log, known.shrinkage) if prior is not None else None
+        _save(folder / "adapter", model, loaded.tokenizer, about, saved_prior)
+        facts |= {
+            "config": dataclasses.asdict(recipe.adapter),
+            "trainable_parameters": adapters.trainable_parameters(model),
+            "bytes": adapters.file_bytes(folder / "adapter"),
+        }
     record.write_record(
         folder,
         record.RunRecord(
@@ -171,11 +196,51 @@ def main() -> None:
         ),
     )
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
     print("\n" + comparison.table())
-    if fitted is not None and log.prompts is None:
-        _recommend(folder / "adapter", log, recipe.eval.recommend_k)
-    print(f"\neverything is in {folder}: run.json, predictions.parquet, figures/, adapter/")
+
+    # The run is safe; now the adapter is loaded as a user would load it, and asked.
+    if about is not None and log.prompts is None:
+        del model, loaded
+        _probe(folder / "adapter", about, saved_prior, encoder, log, recipe)
+        _recommend(folder / "adapter", log, recipe)
+    print(f"\neverything is in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+def _may_begin(folder: Path, recipe: config.Recipe, *, resume: bool, overwrite: bool) -> bool:
+    """Whether there is something to do in `folder`; False where --resume finds a run that has ended.
+
+    Raises:
+        ConfigError: the folder is not ours, or holds a run that the command does not mean.
+    """
+    written = folder / "config.yaml"
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not written.is_file())):
+        raise ConfigError(f"output_dir: {folder} holds other things than a run; choose another output_dir")
+    ended = (folder / "run.json").is_file()
+    if resume and written.is_file() and written.read_text() != config.dump_recipe(recipe):
+        raise ConfigError(
+            f"{written}: the run that was begun here has another recipe; --resume continues the same one; "
+            "repeat its command word for word, or start anew with --overwrite"
+        )
+    if ended and not (resume or overwrite):
+        raise ConfigError(
+            f"output_dir: {folder} holds a run that has ended; choose another output_dir, or add --overwrite"
+        )
+    return not (resume and ended)
+
+
+def _prepare(folder: Path, recipe: config.Recipe, *, resume: bool) -> None:
+    """The run folder as training expects it: with `resume` as it was left, otherwise without an earlier run's files."""
+    if not resume:
+        for name in ("run.json", "predictions.parquet"):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("checkpoints", "figures", "adapter", "logs"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder} cannot be made ({error.strerror}); choose another one") from error
+    with record.atomic(folder / "config.yaml") as scratch:
+        scratch.write_text(config.dump_recipe(recipe))
 
 
 def _wanted(recipe: config.Recipe, known: baselines.Predictions) -> list[str]:
@@ -201,72 +266,60 @@ def _prepare(folder: Path, recipe: config.Recipe, *, resume: bool, main_process:
     PartialState().wait_for_everyone()
 
 
-def _save(
+def _save(folder: Path, model: Any, tokenizer: Any, about: artifact.Artifact, prior: baselines.Prior | None) -> None:
+    """Write the adapter folder whole or not at all."""
+    scratch = folder.with_name(f".{folder.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    adapters.save(model, scratch)
+    (scratch / "README.md").unlink(missing_ok=True)  # PEFT's blank card says nothing true of this adapter
+    tokenizer.save_pretrained(scratch)
+    artifact.write(scratch, about, prior)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+
+
+def _probe(
     folder: Path,
-    model: Any,
-    recipe: config.Recipe,
-    data: interactions.Interactions,
-    log: split.Log,
+    about: artifact.Artifact,
+    prior: baselines.Prior | None,
     encoder: encode.Encoder,
-    loaded: backbone.Backbone,
-    known: baselines.Predictions,
-) -> dict[str, Any]:
-    """Write the adapter folder, load it again as a user would, and keep what it answered to a few probes."""
-    adapters.save(model, folder)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank card says nothing true of this adapter
-    loaded.tokenizer.save_pretrained(folder)
-    prior = baselines.fit_prior(log, known.shrinkage) if recipe.score.prior == "bias" else None
-    about = artifact.describe(
-        recipe,
-        encoder.codec,
-        loaded.base,
-        data_name=data.name,
-        data_sha256=data.sha256,
-        rated=log.rating is not None,
-        max_item_tokens=encoder.max_item_tokens,
-        example=encoder.example(),
-        template=encoder.template,
+    log: split.Log,
+    recipe: config.Recipe,
+) -> None:
+    """Load the adapter in float32 and keep what it answers to a few questions, for others to check their copy by."""
+    recommender = Recommender.from_pretrained(
+        folder, items=log.items, dtype="float32", prior=False, trust_remote_code=recipe.model.trust_remote_code
     )
-    artifact.write(folder, about, prior)
-    if log.prompts is None:
-        reloaded = Recommender.from_pretrained(folder, items=log.items, dtype="float32", prior=False)
-        probes = []
-        for history, candidate in encoder.questions_of(PROBES, recipe.seed):
-            (score,) = reloaded.score([(text, answer) for text, answer in history], [candidate])
-            probes.append(artifact.Probe(history, candidate, float(score)))
-        artifact.write(folder, dataclasses.replace(about, probes=probes), prior)
-    return {
-        "config": dataclasses.asdict(recipe.adapter),
-        "trainable_parameters": adapters.trainable_parameters(model),
-        "bytes": adapters.file_bytes(folder),
-    }
+    probes = []
+    for history, candidate in encoder.questions_of(PROBES, recipe.seed):
+        (score,) = recommender.score([(text, answer) for text, answer in history], [candidate])
+        probes.append(artifact.Probe(history, candidate, float(score)))
+    artifact.write(folder, dataclasses.replace(about, probes=probes), prior)
 
 
-def _recommend(folder: Path, log: split.Log, k: int) -> None:
-    """Ten items for one person nobody trained on, beside what that person liked later."""
+def _recommend(folder: Path, log: split.Log, recipe: config.Recipe) -> None:
+    """The best items for one person, if possible one without training events, beside what that person liked."""
     count = np.bincount(log.user[log.split == split.TEST], minlength=len(log.user_ids))
-    count[log.user[log.split == split.TRAIN]] = 0
-    if not count.any():
-        count = np.bincount(log.user, minlength=len(log.user_ids))
-    events = np.flatnonzero(log.user == int(np.argmax(count)))
-    known, later = np.array_split(events, 2)
-    recommender = Recommender.from_pretrained(folder, items=log.items)
-    titles, ids = encode.item_texts(log.items, recommender.prompt.item), log.items["item_id"].to_list()
-    history = [(ids[log.item[row]], int(log.label[row])) for row in known]
-    best = recommender.rank(history, k=k)
-    liked = {titles[log.item[row]] for row in later if log.label[row] == 1}
-    met = {titles[log.item[row]] for row in later}
-    before = [titles[log.item[row]] for row in known if log.label[row] == 1][-k:]
-    print(f"\nperson {log.user_ids[int(log.user[events[0]])]}: {len(known)} events known, {len(later)} kept back")
-    print(f"  {'liked last':<40}  {'recommended':<40}  chance  later")
-    for place in range(max(len(best), len(before))):
-        old = before[-1 - place] if place < len(before) else ""
-        if place < len(best):
-            one = best[place]
-            told = "liked" if one.title in liked else "disliked" if one.title in met else "-"
-            print(f"  {old[:40]:<40}  {one.title[:40]:<40}  {one.probability:6.2f}  {told}")
-        else:
-            print(f"  {old[:40]}")
+    new = count.copy()
+    new[log.user[log.split == split.TRAIN]] = 0
+    person = int(np.argmax(new if new.any() else count))
+    known, later = np.array_split(np.flatnonzero(log.user == person), 2)
+    recommender = Recommender.from_pretrained(folder, items=log.items, trust_remote_code=recipe.model.trust_remote_code)
+    ids = log.items["item_id"].to_list()
+    # A large catalogue is cut to the items with the most training events: one forward a candidate adds up.
+    popular = np.argsort(-np.bincount(log.item[log.split == split.TRAIN], minlength=len(ids)), kind="stable")
+    candidates = [ids[code] for code in popular[:MOST_CANDIDATES].tolist()]
+    k = recipe.eval.recommend_k
+    best = recommender.rank([(ids[log.item[row]], int(log.label[row])) for row in known], candidates, k=k)
+    told = {ids[log.item[row]]: "liked" if log.label[row] else "disliked" for row in later}
+    titles = encode.item_texts(log.items, recipe.prompt.item)
+    before = [titles[log.item[row]] for row in known if log.label[row] == 1][: -k - 1 : -1]
+    whom = "nobody trained on" if new.any() else "seen in training"
+    print(f"\nperson {log.user_ids[person]} ({whom}): {len(known)} events known, {len(later)} later ones kept back")
+    print(f"  {'liked before, latest first':<40}  {'best of ' + str(len(candidates)):<40}  chance  later")
+    for old, one in zip_longest(before, best):
+        right = f"{one.title[:40]:<40}  {one.probability:6.2f}  {told.get(one.item_id, '-')}" if one else ""
+        print(f"  {(old or '')[:40]:<40}  {right}".rstrip())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from peftrec import Recommender, record, report
@@ -194,6 +195,36 @@ def test_killed_and_resumed_equals_never_killed(tables: Path, tiny_llama_folder:
     for name in whole:
         np.testing.assert_array_equal(whole[name], killed[name])
     assert check_folder(runs[0]).metrics == check_folder(runs[1]).metrics
+
+
+def test_a_run_that_has_ended_is_not_replaced_by_accident(
+    tables: Path, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    """Also the recipe without an adapter, which trains nothing and reports the base model under its own name."""
+    data = f"{{interactions: {tables}/ratings.csv, items: {tables}/films.csv, {COLUMNS}}}"
+    path = own_recipe(tables, tiny_llama_folder, tmp_path / "run", data=data, prompt="overlap: 64")
+    recipe = yaml.safe_load(path.read_text())
+    del recipe["train"]
+    recipe["adapter"] = {"method": "none"}
+    path.write_text(yaml.safe_dump(recipe))
+    finetune("--config", path)
+    run = tmp_path / "run"
+    assert {one.name for one in run.iterdir()} == FOLDER - {"adapter"}
+    assert "base_model" not in record.read_record(run).baselines
+    assert "base model, untrained" in report.compare_run(run).table()
+
+    written = (run / "run.json").stat().st_mtime_ns
+    assert "add --overwrite" in finetune("--config", path, expect=2).stderr
+    assert "nothing to resume" in finetune("--config", path, "--resume").stdout
+    assert (run / "run.json").stat().st_mtime_ns == written
+    finetune("--config", path, "--overwrite")
+    assert (run / "run.json").stat().st_mtime_ns > written
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/figures").touch()
+    other = finetune("--config", path, "--output_dir", tmp_path / "photos", "--overwrite", expect=2)
+    assert "holds other things than a run" in other.stderr
+    assert (tmp_path / "photos/figures").exists()
 
 
 @pytest.mark.parametrize(

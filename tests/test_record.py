@@ -93,6 +93,11 @@ def test_predictions_hold_ids_labels_scores_and_slices() -> None:
     assert list(record.members(table)) == ["cold_item", "cold_user", "popular", "mid", "tail"]
 
 
+def test_without_an_adapter_the_base_model_is_what_was_scored() -> None:
+    table = record.predictions(tiny_log(), [2], model_score=[0.5], prior=[0.25])
+    assert list(record.scorers(table, trained=False)) == ["base_model", "base_model_no_prior"]
+
+
 def test_without_prior_base_or_baselines_the_adapter_stands_alone() -> None:
     table = record.predictions(tiny_log(), [2], model_score=[0.5])
     assert list(record.scorers(table)) == ["adapter"]

@@ -14,6 +14,8 @@ from peftrec.metrics import click_metrics
 from peftrec.report import Comparison
 from peftrec.split import Log
 
+RECIPE = config.parse_recipe({"data": {"name": "ml-100k"}, "output_dir": "run"}, "test")
+
 KNEW = "A row knows nothing."
 
 
@@ -134,7 +136,7 @@ def test_the_widest_table_fits_the_terminal() -> None:
         log,
         rows,
         {name: rng.normal(size=len(rows)) for name in names},
-        knew=report.sight(config.Eval()),
+        knew=report.sight(RECIPE),
         slices=["cold_item", "cold_user", "popularity"],
         bootstrap=20,
     )
@@ -202,7 +204,7 @@ def test_a_run_folder_gives_the_same_comparison_again(tmp_path: Path) -> None:
         "popularity": popularity,
     }
     expected = report.compare(
-        log, rows, scorers, knew=report.sight(recipe.eval), slices=["popularity"], bootstrap=20, seed=recipe.seed
+        log, rows, scorers, knew=report.sight(recipe), slices=["popularity"], bootstrap=20, seed=recipe.seed
     )
     found = report.compare_run(tmp_path)
     assert found == expected
@@ -225,7 +227,11 @@ def test_no_rows_is_an_error() -> None:
 @pytest.mark.parametrize(("history", "word"), [("streaming", "of all splits"), ("frozen", "training events")])
 @pytest.mark.parametrize(("ties", "words"), [("isolate", "do not see each other"), ("order", "above them")])
 def test_sight_says_history_and_ties(history: str, word: str, ties: str, words: str) -> None:
-    sentence = report.sight(config.Eval(history=history, ties=ties))
+    recipe = dataclasses.replace(RECIPE, eval=config.Eval(history=history, ties=ties))
+    assert report.sight(recipe).endswith("the baselines know the same.")
+    liked = dataclasses.replace(recipe, prompt=config.Prompt(history="liked"))
+    assert report.sight(liked).endswith("the baselines also count what was not.")
+    sentence = report.sight(recipe)
     assert word in sentence
     assert words in sentence
     assert f"({history} history)" in sentence

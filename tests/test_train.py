@@ -232,6 +232,28 @@ class TestResume:
         assert equal(adapter_of(resumed), adapter_of(whole))
         assert (found.steps, found.events, found.best_step) == (expected.steps, expected.events, expected.best_step)
 
+    @pytest.mark.parametrize("patience", [None, 1], ids=["all steps done", "stopped early"])
+    def test_a_run_that_had_ended_takes_no_further_step(
+        self, fit: Callable[..., Any], tmp_path: Path, log: Log, patience: int | None
+    ) -> None:
+        """A run can die after its last checkpoint: while it scores the test rows, say."""
+
+        def worse(rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+            nonlocal passes
+            passes += 1
+            return {**mean_loss(log)(rows, scores), "loss": float(passes)}
+
+        passes = 0
+        train = changed(max_steps=7, evals=4, early_stopping_patience=patience)
+        model, expected = fit(tmp_path, train, worse)
+        passed = passes
+        again, found = fit(tmp_path, train, worse, resume=True)
+        assert passes == passed
+        assert found == expected
+        assert found.steps == (7 if patience is None else 4)
+        assert found.best_step == 2
+        assert equal(adapter_of(again), adapter_of(model))
+
     def test_dropout_matters_here(self, fit: Callable[..., Any], tmp_path: Path) -> None:
         without, with_dropout = (fit(tmp_path / str(p), dropout=p)[1] for p in (0.0, 0.3))
         assert losses(without) != losses(with_dropout)

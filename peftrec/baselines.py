@@ -3,8 +3,10 @@
 A baseline knows exactly what the model knows about a row:
 
 * a training row: the training events strictly earlier in time, so never its own label nor one of the same second;
-* a validation or test row: all training events and, when `history` is "streaming", the validation and test events
-  strictly earlier in time. When it is "frozen", the training events only.
+* a validation or test row, `history` "streaming": of its user the events strictly earlier in time, of whichever split,
+  as the prompt shows them; of items and of everybody all training events, which the weights have met, and the
+  validation and test events strictly earlier in time;
+* a validation or test row, `history` "frozen": all training events, of its user and of items.
 
 That makes the bias of a training row honest enough to be the prior on which the model learns the residual. Everything
 is sums over sorted groups: no loop goes over rows.
@@ -196,14 +198,26 @@ class _Earlier:
 
 
 class _Known:
-    """Sums over what each row knows of the other rows with the same key, a code from -1."""
+    """Sums over what each row knows of the other rows with the same key, a code from -1.
 
-    def __init__(self, key: npt.NDArray[Any], time: npt.NDArray[Any], train: npt.NDArray[np.bool_], streaming: bool):
+    A training row knows the training rows strictly earlier in time. `held_knows` is for validation and test rows:
+    "training" is all training rows, "streaming" those and the validation and test rows strictly earlier in time, "past"
+    the rows of any split strictly earlier in time.
+    """
+
+    def __init__(
+        self,
+        key: npt.NDArray[Any],
+        time: npt.NDArray[Any],
+        train: npt.NDArray[np.bool_],
+        held_knows: Literal["training", "streaming", "past"],
+    ):
         self._train, self._held = train, ~train
         self._train_key, self._held_key = key[train] + 1, key[self._held] + 1
         self._keys = int(key.max(initial=-1)) + 2
         self._in_training = _Earlier(key[train], time[train])
-        self._in_held = _Earlier(key[self._held], time[self._held]) if streaming else None
+        self._in_held = _Earlier(key[self._held], time[self._held]) if held_knows == "streaming" else None
+        self._in_all = _Earlier(key, time) if held_knows == "past" else None
 
     def sum(self, value: npt.NDArray[Any]) -> Floats:
         """Sum of `value` over the rows that each row knows, (n,) -> (n,)."""
@@ -215,17 +229,17 @@ class _Known:
         return self._in_training.sum(value)
 
     def of_held(self, value: npt.NDArray[Any], settled: npt.NDArray[Any]) -> Floats:
-        """The same for validation and test rows alone, (h,) -> (h,), which know all training rows.
-
-        `settled`, (t,), is what these are worth to them.
-        """
+        """The same for validation and test rows alone, (h,) -> (h,); `settled`, (t,), is what training rows count."""
+        if self._in_all is not None:
+            past: Floats = self._in_all.sum(self.join(settled, value))[self._held]
+            return past
         total = np.bincount(self._train_key, settled, self._keys).astype(np.float64)  # of no rows it is of integers
         known: Floats = total[self._held_key]
         if self._in_held is not None:
             known += self._in_held.sum(value)
         return known
 
-    def join(self, training: Floats, held: Floats) -> Floats:
+    def join(self, training: npt.NDArray[Any], held: npt.NDArray[Any]) -> Floats:
         """(t,) and (h,) -> (n,)."""
         result: Floats = np.empty(len(self._train))
         result[self._train], result[self._held] = training, held
@@ -237,7 +251,7 @@ class _Means:
 
     def __init__(self, log: Log, history: History):
         one_key = np.zeros(len(log.label), dtype=np.int8)
-        everything = _Known(one_key, log.timestamp, log.split == 0, history == "streaming")
+        everything = _Known(one_key, log.timestamp, log.split == 0, _of_items(history))
         self.chance = _smoothed(everything.sum(log.label), everything.sum(np.ones(len(log.label), dtype=np.int8)))
         self.log_odds = _logit(self.chance)
 
@@ -248,14 +262,14 @@ class _Effects:
     def __init__(self, log: Log, history: History, ties: Ties):
         self.means = _Means(log, history)
         self._log = log
-        train, streaming, has_item = log.split == 0, history == "streaming", log.item >= 0
-        items = _Known(log.item, log.timestamp, train, streaming)
+        train, has_item = log.split == 0, log.item >= 0
+        items = _Known(log.item, log.timestamp, train, _of_items(history))
         self.item_events = items.sum(has_item)
         self._item_likes = items.sum(has_item * log.label)
         del items
         # A log is sorted by user, then time: a row's place tells the events of one second apart.
         user_time = log.timestamp if ties == "isolate" else np.arange(len(log.user))
-        self._users = _Known(log.user, user_time, train, streaming)
+        self._users = _Known(log.user, user_time, train, "past" if history == "streaming" else "training")
         self._train, self._held = train, ~train
         self._settled_likes, self._settled_events = _item_totals(log, train & has_item)
         self._settled_mean = _smoothed(log.label[train].sum(dtype=np.float64), int(train.sum()))
@@ -299,6 +313,10 @@ class _Effects:
                 biases[item, user] = _log_loss(liked, _bias(log_odds, gap, variance, user))
         item, user = min(biases, key=lambda pair: biases[pair])
         return Shrinkage(min(item_means, key=lambda one: item_means[one]), item, user)
+
+
+def _of_items(history: History) -> Literal["training", "streaming"]:
+    return "streaming" if history == "streaming" else "training"
 
 
 def _bias(item_log_odds: Floats, user_gap: npt.ArrayLike, user_variance: npt.ArrayLike, shrinkage: float) -> Floats:

@@ -78,6 +78,8 @@ class Looped:
         earlier = event < row if in_order else log.timestamp[event] < log.timestamp[row]
         if log.split[row] == 0:
             return log.split[event] == 0 and earlier
+        if within_user and self.history == "streaming":
+            return earlier
         return log.split[event] == 0 or (self.history == "streaming" and earlier)
 
     def mean(self, row: int | None) -> float:
@@ -138,6 +140,20 @@ def test_bias_by_hand():
     chance = (1 + 3 * 3 / 4) / 4
     step = 2 * (1 - chance) / (2 * chance * (1 - chance) + 1.5)
     assert found[2] == pytest.approx(logit(3 / 4) + step)
+
+
+def test_the_users_part_of_a_held_out_row_streams_whatever_the_split():
+    # A test row between two training likes of its user, as in a random fold: the later one is not in its prompt.
+    log = make_log([0, 0, 0], [0, 1, 2], [1, 2, 3], [1, 0, 1], [0, 2, 0])
+    mean = 3 / 4  # all training events: two likes
+    liked = (1 + 3 * mean) / 4  # each film's share of likes after training
+    streaming = baselines.predict(log, "streaming", shrinkage=SHRINKAGE).scores
+    assert streaming["bias"][1] == pytest.approx(logit(mean) + (1 - liked) / (liked * (1 - liked) + 1.5))
+    frozen = baselines.predict(log, "frozen", shrinkage=SHRINKAGE).scores
+    assert frozen["bias"][1] == pytest.approx(logit(mean) + 2 * (1 - liked) / (2 * liked * (1 - liked) + 1.5))
+    # Items are known by the weights, which have met all training events.
+    for name in ("global_mean", "item_mean", "popularity"):
+        assert streaming[name].tolist() == frozen[name].tolist()
 
 
 @given(logs(), st.sampled_from(HISTORIES), st.sampled_from(["isolate", "order"]))

@@ -247,25 +247,6 @@ def _wanted(recipe: config.Recipe, known: baselines.Predictions) -> list[str]:
     return [name for name in (*recipe.eval.baselines, "global_mean") if name in known.scores]
 
 
-def _prepare(folder: Path, recipe: config.Recipe, *, resume: bool, main_process: bool) -> None:
-    """The run folder as training expects it: with `resume` as it was left, otherwise without an earlier run's files."""
-    written, wanted = folder / "config.yaml", config.dump_recipe(recipe)
-    if resume and written.is_file() and written.read_text() != wanted:
-        raise ConfigError(
-            f"{written}: the run that was begun here has another recipe; --resume continues the same one; "
-            "repeat its command word for word, or start anew without --resume"
-        )
-    if main_process and not resume:
-        for name in ("run.json", "predictions.parquet"):
-            (folder / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "figures", "adapter"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-    if main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        written.write_text(wanted)
-    PartialState().wait_for_everyone()
-
-
 def _save(folder: Path, model: Any, tokenizer: Any, about: artifact.Artifact, prior: baselines.Prior | None) -> None:
     """Write the adapter folder whole or not at all."""
     scratch = folder.with_name(f".{folder.name}")

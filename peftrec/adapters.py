@@ -65,7 +65,7 @@ def load(model: Any, folder: str | Path) -> Any:
     """Put a saved adapter onto its base model, for inference.
 
     Raises:
-        ModelError: the folder holds no adapter, or its weights do not fit this model.
+        ModelError: the folder holds no adapter that can be read, or its weights do not fit this model.
     """
     from peft import PeftConfig, PeftModel
     from safetensors import SafetensorError
@@ -73,11 +73,19 @@ def load(model: Any, folder: str | Path) -> Any:
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder}: no adapter_config.json; expected a folder that a peftrec run wrote (RUN/adapter)")
-    expected = PeftConfig.from_pretrained(str(folder))
+    # What a broken file raises depends on what is wrong with it.
+    broken = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OSError, SafetensorError)
+    try:
+        expected = PeftConfig.from_pretrained(str(folder))
+    except broken as error:
+        raise ModelError(
+            f"{folder}/adapter_config.json: cannot be read ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:160]}); expected what PEFT wrote; fetch the adapter again"
+        ) from error
     try:
         loaded = PeftModel(model, expected)
         missing = loaded.load_adapter(str(folder), "default")
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+    except broken as error:
         raise ModelError(
             f"{folder}: the adapter does not fit {type(model).__name__} ({' '.join(str(error).split())[:200]}); "
             "load it on the base model that peftrec.json names"

@@ -68,9 +68,12 @@ def load(model: config.Model) -> Backbone:
 
     Raises:
         AssetError: a packaged model cannot be fetched.
-        ModelError: nothing is found under the name, or it is not a causal language model.
+        ModelError: nothing is found under the name, its files are broken, it needs a package that is not installed,
+            or it is not a causal language model.
     """
     quiet()
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     packaged = assets.MODELS.get(model.name)
@@ -90,8 +93,11 @@ def load(model: config.Model) -> Backbone:
             output_loading_info=True,
             **revision,
         )
-    except (OSError, ValueError) as error:
+    # What a broken file raises depends on the library that reads it.
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ModelError(_not_found(model, error)) from error
+    except ImportError as error:
+        raise ModelError(_not_installed(model, error)) from error
     loaded.to("cuda" if on_gpu else "cpu").eval().requires_grad_(False)
     _check_causal(model.name, loaded, loading["missing_keys"])
     if model.attn_implementation == "sdpa" and not on_gpu:
@@ -176,7 +182,9 @@ def quiet() -> None:
 def _not_found(model: config.Model, error: Exception) -> str:
     names = ", ".join(assets.MODELS)
     where = model.name + (f" at revision {model.revision}" if model.revision else "")
-    reason = " ".join(str(error).split())[:160]
+    reason = _one_line(error)
+    if not isinstance(error, OSError):
+        reason = f"{type(error).__name__}: {reason}"
     return (
         f"model.name: {where} could not be loaded ({reason}); expected a packaged model ({names}), a folder with a "
         "causal language model, or a Hub id that can be reached"
@@ -188,6 +196,16 @@ def _converted(asset: assets.WheelAsset) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     gguf = assets.wheel_file(asset)
+def _not_installed(model: config.Model, error: ImportError) -> str:
+    if model.attn_implementation == "flash_attention_2" and "flash" in str(error).lower():
+        return f"model.attn_implementation: {_one_line(error)}; install flash-attn, or use sdpa"
+    return f"model.name: {model.name} needs a package that is not installed: {_one_line(error)}; install it"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160].rstrip(". ")
+
+
     folder = assets.cache_folder() / "models" / gguf.parent.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):

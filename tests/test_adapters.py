@@ -149,6 +149,15 @@ class TestRefused:
         with pytest.raises(ModelError, match="does not fit"):
             adapters.load(load_tiny(tiny_gpt2_folder), saved[0])
 
+    @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"peft_type": "NONE_SUCH"}', '{"peft_type": "LORA", "r": "x"}'])
+    def test_config_that_is_none(
+        self, saved: tuple[Path, torch.Tensor], load_tiny: Callable[..., Any], tiny_llama_folder: Path, text: str
+    ) -> None:
+        (saved[0] / "adapter_config.json").write_text(text)
+        with pytest.raises(ModelError, match=str(saved[0])) as caught:
+            adapters.load(load_tiny(tiny_llama_folder), saved[0])
+        assert "\n" not in str(caught.value)
+
     def test_weights_that_are_no_safetensors(
         self, saved: tuple[Path, torch.Tensor], load_tiny: Callable[..., Any], tiny_llama_folder: Path
     ) -> None:

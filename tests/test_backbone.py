@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,31 @@ def test_nothing_under_the_name(tmp_path: Path) -> None:
 def test_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="could not be loaded"):
         backbone.load(model_at(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b"not a file of tensors"),
+        ("config.json", b"[]"),
+        ("config.json", b'{"model_type": "llama", "num_attention_heads": "four"}'),
+        ("config.json", b'{"model_type": "llama", "vocab_size": 320, "hidden_size": 64}'),
+        ("tokenizer.json", b"{}"),
+    ],
+    ids=["weights", "no mapping", "no number", "other shape", "tokenizer"],
+)
+def test_broken_files(tiny_llama_folder: Path, tmp_path: Path, file: str, content: bytes) -> None:
+    shutil.copytree(tiny_llama_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ModelError, match=r"model.name: .* could not be loaded \(") as caught:
+        backbone.load(model_at(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_attention_that_is_not_installed(tiny_llama_folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"model.attn_implementation: FlashAttention2 .*; install flash-attn, or use"):
+        backbone.load(model_at(tiny_llama_folder, attn_implementation="flash_attention_2"))
 
 
 def test_packaged_model_has_no_revisions() -> None:

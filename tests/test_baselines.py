@@ -8,11 +8,11 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from peftrec.split import Log
 
 from peftrec import baselines
 from peftrec.baselines import Prior, Shrinkage
 from peftrec.errors import ModelError
+from peftrec.split import Log
 
 SHRINKAGE = Shrinkage(item_mean=2.0, item=3.0, user=1.5)
 HISTORIES: tuple[baselines.History, ...] = ("streaming", "frozen")

@@ -235,7 +235,7 @@ def fit(
         trainer.add_callback(EarlyStoppingCallback(train.early_stopping_patience))
     newest = _newest_checkpoint(folder) if resume else None
     try:
-        if newest and _ended(newest):
+        if newest and _ended(newest, steps):
             trainer.restore(newest)
         else:
             trainer.train(resume_from_checkpoint=str(newest) if newest else None)
@@ -255,7 +255,7 @@ def fit(
         tokens=round(train_data.tokens * passes),
         steps=trainer.state.global_step,
         best_step=trainer.state.best_global_step,
-        log=trainer.state.log_history,
+        log=[line for line in trainer.state.log_history if "train_runtime" not in line],  # Trainer's own summary
     )
 
 
@@ -290,8 +290,8 @@ def _state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _ended(checkpoint: Path) -> bool:
-    """Whether no step was to follow: all were done, or early stopping had ended the run."""
+def _ended(checkpoint: Path, steps: int) -> bool:
+    """Whether no step is to follow: all are done, or early stopping had ended the run."""
     state = _state(checkpoint)
     control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
-    return state["global_step"] >= state["max_steps"] or bool(control.get("should_training_stop"))
+    return state["global_step"] >= steps or bool(control.get("should_training_stop"))

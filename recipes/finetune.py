@@ -99,11 +99,14 @@ def main() -> None:
             f"train.metric_for_best_model: {choice} is not defined on the validation rows, since nobody there has both "
             "answers; choose loss, or a larger data.split.valid"
         )
+    fitted: train.Fitted | None = None
+    trains = recipe.adapter.method != "none"
+    if trains:
+        model = adapters.attach(model, recipe.adapter, base_name=loaded.base.hub_id, seed=recipe.seed)
+    # Nothing is written before everything that can be wrong with the recipe has been tried.
     if state.is_main_process:
         _prepare(folder, recipe, resume=arguments.resume)
-    fitted: train.Fitted | None = None
-    if recipe.adapter.method != "none":
-        model = adapters.attach(model, recipe.adapter, base_name=loaded.base.hub_id, seed=recipe.seed)
+    if trains:
         data_train = encoder.train(prior)
         say(
             f"train: {adapters.trainable_parameters(model) / 1e6:.2f} M parameters on {data_train.events:,} events, "

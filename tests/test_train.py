@@ -261,7 +261,7 @@ class TestResume:
     def test_a_checkpoint_that_was_not_finished_is_passed_over(self, fit: Callable[..., Any], tmp_path: Path) -> None:
         fit(tmp_path, changed(max_steps=2, evals=1))
         (tmp_path / "checkpoint-3").mkdir()
-        assert training._newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+        assert training._newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
         _, fitted = fit(tmp_path, changed(max_steps=4, evals=1), resume=True)
         assert fitted.steps == 4
 

@@ -294,4 +294,6 @@ def _ended(checkpoint: Path, steps: int) -> bool:
     """Whether no step is to follow: all are done, or early stopping had ended the run."""
     state = _state(checkpoint)
     control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
-    return state["global_step"] >= steps or bool(control.get("should_training_stop"))
+    # Trainer also asks to stop after the last step that was planned; then there may be more steps to do by now.
+    stopped_early = control.get("should_training_stop") and state["global_step"] < state["max_steps"]
+    return state["global_step"] >= steps or bool(stopped_early)

@@ -138,6 +138,19 @@ def _check_causal(name: str, model: Any, missing: Iterable[str]) -> None:
     )
 
 
+def check_window(model: Any, max_tokens: int) -> None:
+    """Check that the model has positions for a window of `max_tokens`.
+
+    Raises:
+        ModelError: it says that it has fewer.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < max_tokens:
+        raise ModelError(
+            f"prompt.max_tokens: {max_tokens}; this {type(model).__name__} takes up to {positions} tokens; lower it"
+        )
+
+
 def fingerprint(model: Any) -> str:
     """Hash of a model's weights that is the same whether they were loaded in float32 or bfloat16.
 
@@ -191,11 +204,6 @@ def _not_found(model: config.Model, error: Exception) -> str:
     )
 
 
-def _converted(asset: assets.WheelAsset) -> Path:
-    """The packaged GGUF file as a folder that transformers loads at once; made the first time, kept in the cache."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    gguf = assets.wheel_file(asset)
 def _not_installed(model: config.Model, error: ImportError) -> str:
     if model.attn_implementation == "flash_attention_2" and "flash" in str(error).lower():
         return f"model.attn_implementation: {_one_line(error)}; install flash-attn, or use sdpa"
@@ -211,6 +219,11 @@ def _one_line(error: Exception) -> str:
     with FileLock(folder.with_suffix(".lock")):
         if (folder / "config.json").is_file():
             return folder
+def _converted(asset: assets.WheelAsset) -> Path:
+    """The packaged GGUF file as a folder that transformers loads at once; made the first time, kept in the cache."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    gguf = assets.wheel_file(asset)
         with _whole_folder(folder) as scratch:
             where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
             model = AutoModelForCausalLM.from_pretrained(

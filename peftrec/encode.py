@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from peftrec import config
+from peftrec.errors import DataError
 from peftrec.interactions import drawn_order
 from peftrec.prompts import ANSWER_MARK, LINE_END, Codec, Pieces, item_texts
 from peftrec.split import Log
@@ -39,9 +41,12 @@ class Encoder:
 
     def __init__(self, log: Log, prompt: config.Prompt, tokenizer: Any, ties: str) -> None:
         self.log, self.prompt, self.ties = log, prompt, ties
-        self.codec = Codec(tokenizer, prompt.header, prompt.answers)
+        # A template's prompt has no header, whose length would take room from the history.
+        self.codec = Codec(tokenizer, prompt.header if self.template is None else "", prompt.answers)
         self.texts = [] if log.prompts is not None else item_texts(log.items, prompt.item)
         self.max_item_tokens = max_item_tokens(prompt)
+        if self.texts and self.template is not None:
+            self.texts = self.codec.written(self.texts, self.max_item_tokens)
         self.questions = Pieces.of(self.codec.questions(self.texts, self.max_item_tokens) if self.texts else [])
 
     def train(self, prior: np.ndarray | None) -> WindowDataset:
@@ -66,7 +71,8 @@ class Encoder:
     def example(self) -> Question:
         """A short question as the prompt asks it; for prompt records the first one, whole."""
         if self.log.prompts is not None:
-            return [], self._record_texts(np.zeros(1, dtype=np.int64))[0]
+            (first,) = self._records(np.zeros(1, dtype=np.int64))
+            return [], _record_text(self.codec, self.template or "", first)
         return self.questions_of(1, seed=0)[0]
 
     def questions_of(self, n: int, seed: int) -> list[Question]:
@@ -95,7 +101,10 @@ class Encoder:
         windows: TimelineWindows | PromptWindows
         if self.log.prompts is not None:
             rows = np.sort(sight.row[sight.read])
-            windows = PromptWindows(self.codec, rows, self._record_texts(rows), prompt.max_tokens)
+            windows = PromptWindows(
+                rows,
+                [record_ids(self.codec, self.template or "", one, prompt.max_tokens) for one in self._records(rows)],
+            )
         else:
             single = prompt.layout == "pointwise"
             windows = TimelineWindows(
@@ -114,19 +123,16 @@ class Encoder:
                 windows = self._templated(windows)
         return WindowDataset(windows, self.log.label, prior, prompt.max_tokens)
 
-    def _record_texts(self, rows: np.ndarray) -> list[str]:
+    def _records(self, rows: np.ndarray) -> list[dict[str, str]]:
         assert self.log.prompts is not None
-        template = self.template or ""
-        picked = self.log.prompts[rows]
-        pairs = zip(picked["instruction"].to_list(), picked["input"].to_list(), strict=True)
-        return [template.format(instruction=instruction or "", input=text or "") for instruction, text in pairs]
+        picked = self.log.prompts[rows].select("instruction", "input").fill_null("")
+        return picked.to_dicts()
 
     def _templated(self, windows: TimelineWindows) -> PromptWindows:
         """One prompt by the recipe's template for each window, which holds one read event and what fits before it."""
-        rows, texts = [], []
+        rows, ids = [], []
         template = self.prompt.template or ""
-        fixed = len(self.codec.prompt(template.format(history="", item=""), self.prompt.max_tokens))
-        room = self.prompt.max_tokens - fixed
+        room = self.prompt.max_tokens - len(self.codec.prompt(template.format(history="", item="")))
         length = self.questions.lengths + 1 + len(self.codec.line_end)
         for index in range(len(windows)):
             events = windows.events_of(index)
@@ -134,14 +140,62 @@ class Encoder:
             # The oldest events go first; the candidate's own text (last) always stays.
             fits = int((np.cumsum(length[item][::-1]) <= room).sum())
             past = events[max(0, len(events) - fits) : -1]
-            history = "".join(self._line(row) for row in past.tolist())
+            lines = [self._line(row) for row in past.tolist()]
             rows.append(int(events[-1]))
-            texts.append(template.format(history=history, item=self.texts[int(item[-1])]))
-        return PromptWindows(self.codec, np.asarray(rows), texts, self.prompt.max_tokens)
+            ids.append(templated_ids(self.codec, template, lines, self.texts[int(item[-1])], self.prompt.max_tokens))
+        return PromptWindows(np.asarray(rows), ids)
 
     def _line(self, row: int) -> str:
         answer = self.prompt.answers[int(self.log.label[row])]
         return f"{self.texts[int(self.log.item[row])]}{ANSWER_MARK}{answer}{LINE_END}"
+
+
+def templated_ids(codec: Codec, template: str, lines: Sequence[str], item: str, max_tokens: int) -> list[int]:
+    """The prompt by a recipe's template as token ids, with as many of the newest lines as fit.
+
+    Args:
+        codec: the prompt's.
+        template: with {history} and {item}; it may hold special tokens.
+        lines: earlier events as text, line end included, oldest first.
+        item: the candidate's text; this and the lines' are `codec.written`.
+        max_tokens: tokens of the prompt at most.
+
+    Raises:
+        DataError: template and candidate alone are longer.
+    """
+
+    def text(newest: int) -> str:
+        return template.format(history="".join(lines[len(lines) - newest :]), item=item)
+
+    ids = codec.fitted(text, len(lines), max_tokens)
+    if ids is None:
+        raise DataError(
+            f"prompt.template: with {item[:40]!r} and no history it takes {len(codec.prompt(text(0)))} tokens; "
+            f"expected up to {max_tokens} (prompt.max_tokens); shorten it or raise that"
+        )
+    return ids
+
+
+def record_ids(codec: Codec, template: str, record: Mapping[str, str], max_tokens: int) -> list[int]:
+    """A ready-made prompt as token ids, cut at the beginning of its input where it is too long.
+
+    The question stands last and the instruction first; only an instruction that is too long by itself is cut at its
+    own beginning. Special tokens count in the template alone.
+    """
+    shown = record.get("input", "")
+    ids = codec.fitted(
+        lambda last: _record_text(codec, template, {**record, "input": shown[len(shown) - last :]}),
+        len(shown),
+        max_tokens,
+    )
+    if ids is None:
+        whole = _record_text(codec, template, record)
+        ids = codec.fitted(lambda last: whole[len(whole) - last :], len(whole), max_tokens)
+    return ids or []
+
+
+def _record_text(codec: Codec, template: str, record: Mapping[str, str]) -> str:
+    return template.format(**{name: codec.plain(text) for name, text in record.items()})
 
 
 def max_item_tokens(prompt: config.Prompt) -> int:

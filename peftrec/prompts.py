@@ -15,7 +15,7 @@ equals tokenizing the whole text at once because each piece begins after a line 
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,12 @@ class Pieces:
         return cls(flat, start)
 
 
+def _special_tokens(tokenizer: Any) -> list[str]:
+    """What the tokenizer takes for one special token wherever a text spells it, the longest first."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*tokenizer.all_special_tokens, *added}, key=lambda token: (-len(token), token))
+
+
 class Codec:
     """A prompt as token ids: header, line end, one token for each answer, and the items' pieces on demand.
 
@@ -108,6 +114,7 @@ class Codec:
         bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
         self.header_text = header if not header or header.endswith(LINE_END) else header + LINE_END
         self.header: list[int] = bos + self._plain_ids(self.header_text)
+        self._special = _special_tokens(tokenizer)
         self._mark = self._plain_ids("a" + ANSWER_MARK)[-1:]
         self.line_end: list[int] = self._after("a" + ANSWER_MARK + answers[0], [LINE_END])[0]
         self.answers: list[int] = [self._answer_id(answer) for answer in answers]
@@ -171,8 +178,60 @@ class Codec:
         """What follows a read position once the answer is known: the answer token and the line end."""
         return [self.answers[answer], *self.line_end]
 
-    def prompt(self, text: str, max_tokens: int) -> list[int]:
-        """A ready-made prompt as token ids, its *beginning* cut where it is too long: the question stands last."""
+    def plain(self, text: str) -> str:
+        """`text` with a blank in whatever spells a special token: in a template's prompt it then stays text.
+
+        The template itself may hold special tokens, such as the marks of a chat.
+        """
+        for special in self._special:
+            text = text.replace(special, f"{special[:1]} {special[1:]}")
+        return text
+
+    def written(self, texts: Sequence[str], max_tokens: int) -> list[str]:
+        """Item texts as a template's prompt writes them: `plain`, and so long that `questions` cuts none of them."""
+        plain = [self.plain(text) for text in texts]
+        lengths = map(len, self._after(LINE_END, [text + ANSWER_MARK for text in plain]))
+        return [
+            text if length <= max_tokens else self._shortened(text, max_tokens)
+            for text, length in zip(plain, lengths, strict=True)
+        ]
+
+    def _shortened(self, text: str, max_tokens: int) -> str:
+        def beginning(characters: int) -> str:
+            return text[:characters].rstrip()
+
+        def fits(characters: int) -> bool:
+            return len(self._after(LINE_END, [beginning(characters) + ANSWER_MARK])[0]) <= max_tokens
+
+        return beginning(_most(fits, len(text)))
+
+    def prompt(self, text: str) -> list[int]:
+        """A whole prompt as token ids, in which `text` may spell special tokens."""
         bos = [] if self.tokenizer.bos_token_id is None else [int(self.tokenizer.bos_token_id)]
-        ids = self._plain_ids(text)
-        return bos + ids[max(0, len(ids) + len(bos) - max_tokens) :]
+        return bos + self._plain_ids(text)
+
+    def fitted(self, text: Callable[[int], str], most: int, max_tokens: int) -> list[int] | None:
+        """The longest prompt that fits.
+
+        Args:
+            text: the prompt with that many of the newest events, or of a text's last characters.
+            most: at most so many.
+            max_tokens: tokens of the prompt at most.
+
+        Returns:
+            Token ids, or None where the prompt is too long even with 0 of them.
+        """
+        ids = self.prompt(text(most))
+        if len(ids) <= max_tokens:
+            return ids
+        ids = self.prompt(text(_most(lambda count: len(self.prompt(text(count))) <= max_tokens, most)))
+        return ids if len(ids) <= max_tokens else None
+
+
+def _most(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number below `most`, which is too large, that fits; 0 where none does."""
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -20,8 +20,9 @@ from peftrec import adapters, artifact, backbone, config, scorer
 from peftrec.baselines import Prior
 from peftrec.catalogue import Catalogue, Item, read_history, read_items
 from peftrec.datasets import DATASETS
-from peftrec.errors import DataError, ModelError
-from peftrec.prompts import Codec, Pieces
+from peftrec.encode import record_ids, templated_ids
+from peftrec.errors import ConfigError, DataError, ModelError
+from peftrec.prompts import ANSWER_MARK, Codec, Pieces
 from peftrec.schema import read_yaml
 from peftrec.timeline import PromptWindows, WindowDataset
 
@@ -78,7 +79,8 @@ class Recommender:
         prior: what is added to the model's score, or None.
 
     Raises:
-        ModelError: the tokenizer gives the answers other ids than the adapter was trained with.
+        ModelError: the tokenizer gives the answers other ids than the adapter was trained with, or the prompt is longer
+            than the model.
         DataError: the items table lacks a column that the prompt shows.
     """
 
@@ -87,6 +89,7 @@ class Recommender:
     ) -> None:
         self.artifact, self.model, self.prior = about, model, prior
         self.prompt = about.prompt
+        backbone.check_window(model, self.prompt.max_tokens)
         self.codec = Codec(tokenizer, self.prompt.header, self.prompt.answers)
         if self.codec.answers != self.prompt.answer_ids or (tokenizer.bos_token or None) != self.prompt.bos:
             raise ModelError(
@@ -108,6 +111,7 @@ class Recommender:
         dtype: str | None = None,
         prior: bool = True,
         strict: bool = False,
+        trust_remote_code: bool = False,
     ) -> Recommender:
         """Load an adapter that peftrec saved.
 
@@ -122,6 +126,7 @@ class Recommender:
             dtype: of the base weights, float32, bfloat16 or float16; None is that of the training.
             prior: whether the saved prior is added to the model's score.
             strict: refuse a base model with other weights than those of the training; else only warn.
+            trust_remote_code: run Python code that comes with the base model; no file can say so, only the caller.
 
         Raises:
             ModelError: no adapter in the folder, or it does not fit the base model.
@@ -131,7 +136,7 @@ class Recommender:
         about = artifact.read(folder)
         saved_prior = artifact.read_prior(folder, about) if prior else None
         table = _items(items, columns, about)
-        loaded = _load_base(about, base_model or _base_of_run(Path(folder)), dtype)
+        loaded = _load_base(about, base_model or _base_of_run(Path(folder)), dtype, trust_remote_code)
         _check_fingerprint(about, loaded.base, strict)
         model = adapters.load(scorer.answer_only(loaded.model, about.prompt.answer_ids), folder)
         if device is not None:
@@ -249,25 +254,34 @@ class Recommender:
 
     def _score_templated(self, shown: Sequence[Event], candidates: Sequence[str]) -> Floats:
         """One prompt for each candidate, with as many of the newest events as fit."""
-        tail = len(self.codec.tail(0))
-        lengths = [len(ids) + tail for ids in self._questions([event.item.text for event in shown])]
-        room = self.prompt.max_tokens - len(self.codec.prompt(self.prompt.text([], ""), self.prompt.max_tokens))
-        lines = [(event.item.text, event.label) for event in shown]
-        texts = []
-        for text, ids in zip(candidates, self._questions(candidates), strict=True):
+        prompt, tail = self.prompt, len(self.codec.tail(0))
+        past, asked = self._written([event.item.text for event in shown]), self._written(candidates)
+        lengths = [len(ids) + tail for ids in self._questions(past)]
+        room = prompt.max_tokens - len(self.codec.prompt(prompt.text([], "")))
+        lines = [
+            f"{text}{ANSWER_MARK}{prompt.answers[event.label]}{prompt.line_end}"
+            for text, event in zip(past, shown, strict=True)
+        ]
+        prompts = []
+        for text, ids in zip(asked, self._questions(asked), strict=True):
             kept = _newest(lengths, room - len(ids) - tail)
-            texts.append(self.prompt.text(lines[len(lines) - kept :], text))
-        return self._score_prompts(texts)
+            prompts.append(
+                templated_ids(self.codec, prompt.template or "", lines[len(lines) - kept :], text, prompt.max_tokens)
+            )
+        return self._score_prompts(prompts)
+
+    def _written(self, texts: Sequence[str]) -> list[str]:
+        return self.codec.written(texts, self.prompt.max_item_tokens) if texts else []
 
     def _questions(self, texts: Sequence[str]) -> list[list[int]]:
         return self.codec.questions(texts, self.prompt.max_item_tokens) if texts else []
 
-    def _score_prompts(self, texts: Sequence[str]) -> Floats:
-        if not texts:
+    def _score_prompts(self, prompts: Sequence[list[int]]) -> Floats:
+        if not prompts:
             return np.zeros(0)
-        rows = np.arange(len(texts))
-        windows = PromptWindows(self.codec, rows, texts, self.prompt.max_tokens)
-        data = WindowDataset(windows, np.zeros(len(texts), dtype=np.int8), None, self.prompt.max_tokens)
+        rows = np.arange(len(prompts))
+        windows = PromptWindows(rows, prompts)
+        data = WindowDataset(windows, np.zeros(len(prompts), dtype=np.int8), None, self.prompt.max_tokens)
         scores = scorer.score_rows(self.model, data, range(len(data)))
         return np.array([scores[row] for row in rows.tolist()], dtype=np.float64)
 
@@ -283,8 +297,9 @@ class Recommender:
         for i, record in enumerate(candidates):
             if not isinstance(record, dict) or any(name not in record for name in names):
                 raise DataError(f"candidates[{i}]: {record!r}; expected a dict with {', '.join(names)}")
-        template = self.prompt.template or ""
-        return self._score_prompts([template.format(**{name: record[name] for name in names}) for record in candidates])
+        records = [{name: str(record[name]) for name in names} for record in candidates]
+        template, most = self.prompt.template or "", self.prompt.max_tokens
+        return self._score_prompts([record_ids(self.codec, template, record, most) for record in records])
 
 
 def _newest(lengths: Sequence[int], room: int) -> int:
@@ -314,11 +329,16 @@ def _base_of_run(folder: Path) -> str | None:
     recipe = folder.parent / "config.yaml"
     if not recipe.is_file():
         return None
-    name = config.parse_recipe(read_yaml(recipe), str(recipe)).model.name
+    try:
+        name = config.parse_recipe(read_yaml(recipe), str(recipe)).model.name
+    except ConfigError:  # the file of some other program, or of another version
+        return None
     return name if Path(name).is_dir() else None
 
 
-def _load_base(about: artifact.Artifact, base_model: str | Path | None, dtype: str | None) -> backbone.Backbone:
+def _load_base(
+    about: artifact.Artifact, base_model: str | Path | None, dtype: str | None, trust_remote_code: bool
+) -> backbone.Backbone:
     if dtype is not None and dtype not in backbone.DTYPES:
         raise ModelError(f"dtype: {dtype!r}; expected one of {', '.join(backbone.DTYPES)}")
     base = about.base_model
@@ -326,6 +346,7 @@ def _load_base(about: artifact.Artifact, base_model: str | Path | None, dtype: s
         name=base.name if base_model is None else str(base_model),
         revision=base.revision if base_model is None else None,
         dtype=dtype or base.dtype,  # type: ignore[arg-type]
+        trust_remote_code=trust_remote_code,
     )
     try:
         return backbone.load(wanted)

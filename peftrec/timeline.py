@@ -329,11 +329,15 @@ def lay_out(
 
 
 class PromptWindows:
-    """Ready-made prompts, one read position each at the end (records, or `pointwise` with a template)."""
+    """Ready-made prompts, one read position each at the end (records, or `pointwise` with a template).
 
-    def __init__(self, codec: Codec, rows: np.ndarray, texts: Sequence[str], max_tokens: int) -> None:
-        self._rows = rows
-        self._ids = [codec.prompt(text, max_tokens) for text in texts]
+    Args:
+        rows: the log's row that each prompt asks for.
+        ids: each prompt's tokens.
+    """
+
+    def __init__(self, rows: np.ndarray, ids: Sequence[list[int]]) -> None:
+        self._rows, self._ids = rows, ids
 
     def __len__(self) -> int:
         return len(self._ids)

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,14 @@ def test_broken_files(tiny_llama_folder: Path, tmp_path: Path, file: str, conten
 def test_attention_that_is_not_installed(tiny_llama_folder: Path) -> None:
     with pytest.raises(ModelError, match=r"model.attn_implementation: FlashAttention2 .*; install flash-attn, or use"):
         backbone.load(model_at(tiny_llama_folder, attn_implementation="flash_attention_2"))
+
+
+def test_a_window_longer_than_the_model(load_tiny: Any, tiny_gpt2_folder: Path, tiny_llama_folder: Path) -> None:
+    model = load_tiny(tiny_gpt2_folder)
+    backbone.check_window(model, 512)
+    with pytest.raises(ModelError, match=r"prompt.max_tokens: 513; this GPT2LMHeadModel takes up to 512 tokens"):
+        backbone.check_window(model, 513)
+    backbone.check_window(load_tiny(tiny_llama_folder), 2048)
 
 
 def test_packaged_model_has_no_revisions() -> None:

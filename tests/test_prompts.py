@@ -117,11 +117,35 @@ class TestCodec:
         assert cut[:5] == whole[:5]
         assert any_tokenizer.convert_ids_to_tokens(cut[-1:]) == [":"]
 
-    def test_ready_made_prompt_is_cut_at_its_beginning(self, tokenizer: Any, header: str) -> None:
+    def test_written_titles_are_cut_and_spell_no_special_token(self, any_tokenizer: Any, header: str) -> None:
+        codec = Codec(any_tokenizer, header, [" no", " yes"])
+        assert codec.written(["Heat <s>", "Heat </s><s>"], 64) == ["Heat < s>", "Heat < /s>< s>"]
+        long = "Heat Heat Heat Heat Heat Heat Heat Heat"
+        (cut,) = codec.written([long], 6)
+        assert long.startswith(cut)
+        assert not cut.endswith(" ")
+        # The very tokens to which a timeline cuts it.
+        assert codec.questions([cut], 64) == codec.questions([long], 6)
+        assert codec.written([cut], 6) == [cut]
+
+    @given(text=WORDS.filter(str.strip), most=st.integers(4, 12))
+    def test_written_titles_are_the_longest_beginning_that_fits(self, tokenizer: Any, text: str, most: int) -> None:
+        codec = Codec(tokenizer, "", [" no", " yes"])
+        text = " ".join(text.split())
+        (cut,) = codec.written([text], most)
+        assert text.startswith(cut)
+        (whole,) = codec.questions([cut], 1000)
+        assert len(whole) <= most
+
+    def test_the_longest_prompt_that_fits(self, tokenizer: Any, header: str) -> None:
         codec = Codec(tokenizer, header, [" no", " yes"])
-        whole = ids(tokenizer, "one two three four:")
-        assert codec.prompt("one two three four:", 100) == [tokenizer.bos_token_id, *whole]
-        assert codec.prompt("one two three four:", 5) == [tokenizer.bos_token_id, *whole[-4:]]
+        texts = ["".join(f"event {i}\n" for i in range(9 - count, 9)) + "Heat:" for count in range(10)]
+        lengths = [len(ids(tokenizer, text)) + 1 for text in texts]
+        for most, room, expected in ((9, lengths[9], 9), (9, lengths[9] - 1, 8), (9, lengths[4], 4), (3, 999, 3)):
+            found = codec.fitted(texts.__getitem__, most, room)
+            assert found == [tokenizer.bos_token_id, *ids(tokenizer, texts[expected])]
+        assert codec.fitted(texts.__getitem__, 9, lengths[0]) == codec.prompt("Heat:")
+        assert codec.fitted(texts.__getitem__, 9, lengths[0] - 1) is None
 
 
 def _merging_line_ends(tokenizer: Any) -> Any:

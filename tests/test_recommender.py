@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peftrec import adapters, artifact, backbone, config, scorer
+from peftrec import adapters, artifact, backbone, config, encode, scorer
 from peftrec.baselines import Prior
 from peftrec.catalogue import Catalogue, read_history, read_items
 from peftrec.errors import DataError, ModelError
@@ -262,6 +263,40 @@ def test_timeline_equals_one_prompt_per_pair(
     np.testing.assert_allclose(recommender.score(history, candidates), single.score(history, candidates), atol=1e-4)
 
 
+@pytest.mark.parametrize("max_tokens", [64, 90, 512])
+def test_a_template_reads_in_service_as_in_training(
+    recommender: Recommender, make_random_log: Callable[..., Any], titles: list[str], max_tokens: int
+) -> None:
+    template = "Films:\n{history}And {item}? Answer:"
+    log = make_random_log(2, users=2, events=8, moments=30)
+    log = dataclasses.replace(log, items=log.items.with_columns(title=pl.Series([*titles[:-1], "Film <s> 12 " * 20])))
+    prompt = config.Prompt(layout="pointwise", template=template, max_tokens=max_tokens)
+    encoder = encode.Encoder(log, prompt, recommender.codec.tokenizer, "order")
+    rows = np.flatnonzero(log.split == 2)
+    data = encoder.evaluate(rows, "streaming", None)
+    expected = scorer.score_rows(recommender.model, data, range(len(data)))
+    about = dataclasses.replace(
+        recommender.artifact.prompt,
+        layout="pointwise",
+        template=template,
+        item="{title}",
+        header="",
+        max_tokens=max_tokens,
+        max_item_tokens=encoder.max_item_tokens,
+    )
+    single = Recommender(
+        dataclasses.replace(recommender.artifact, prompt=about),
+        recommender.model,
+        recommender.codec.tokenizer,
+        items=log.items,
+    )
+    for row in rows.tolist():
+        past = [i for i in range(row) if log.user[i] == log.user[row]]
+        history = [({"item_id": f"i{log.item[i]}"}, int(log.label[i])) for i in past]
+        (score,) = single.score(history, [{"item_id": f"i{log.item[row]}"}])
+        assert score == pytest.approx(expected[row], abs=1e-4)
+
+
 PLAIN_PEFT = """
 import json, sys
 import torch
@@ -425,6 +460,37 @@ def test_another_base_model_is_said_or_refused(adapter: Path, tiny_llama_folder:
 def test_another_tokenizer_is_refused(recommender: Recommender) -> None:
     with pytest.raises(ModelError, match=r"tokenizer: answers \[' no', ' yes'\] are the tokens"):
         reshaped(recommender, answer_ids=[1, 2])
+
+
+def test_a_prompt_longer_than_the_model_is_refused(recommender: Recommender) -> None:
+    with pytest.raises(ModelError, match=r"prompt.max_tokens: 2049; this .* takes up to 2048 tokens"):
+        reshaped(recommender, max_tokens=2049)
+
+
+def test_only_the_caller_lets_a_model_run_its_own_code(
+    load: Callable[..., Recommender], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, real = [], backbone.load
+
+    def noted(model: config.Model) -> backbone.Backbone:
+        asked.append(model.trust_remote_code)
+        return real(dataclasses.replace(model, trust_remote_code=False))
+
+    monkeypatch.setattr(backbone, "load", noted)
+    load()
+    load(trust_remote_code=True)
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize("text", ["a: [", "unrelated: true", "- 1", "model: {name: .}"])
+def test_an_unrelated_config_beside_an_adapter(
+    adapter: Path, tiny_llama_folder: Path, tmp_path: Path, text: str
+) -> None:
+    shutil.copytree(adapter, tmp_path / "adapter")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ModelError, match="base_model=FOLDER"):
+        Recommender.from_pretrained(tmp_path / "adapter")
+    assert Recommender.from_pretrained(tmp_path / "adapter", base_model=tiny_llama_folder).score([], ["Heat"]).size
 
 
 def test_a_base_model_that_is_nowhere(adapter: Path, load: Callable[..., Recommender]) -> None:

@@ -288,7 +288,7 @@ class TestWindowDataset:
         assert np.unique(row["segment"]).tolist() == [0, 1]
 
     def test_prompts_are_read_at_their_end(self, codec: Any) -> None:
-        windows = PromptWindows(codec, np.array([4, 2]), ["one two:", "three:"], 64)
+        windows = PromptWindows(np.array([4, 2]), [codec.prompt("one two:"), codec.prompt("three:")])
         assert windows.events == 2
         for index, row in enumerate([4, 2]):
             arrays = windows.arrays(index)
@@ -297,7 +297,7 @@ class TestWindowDataset:
             assert arrays["position_ids"].tolist() == list(range(windows.lengths[index]))
 
     def test_padding_is_a_segment_of_its_own(self, codec: Any) -> None:
-        windows = PromptWindows(codec, np.array([0, 1]), ["one two three:", "four:"], 64)
+        windows = PromptWindows(np.array([0, 1]), [codec.prompt("one two three:"), codec.prompt("four:")])
         data = WindowDataset(windows, np.array([1, 0], dtype=np.int8), None, max(windows.lengths))
         batch = collate([data[0], data[1]])
         short = min(windows.lengths)

@@ -236,8 +236,9 @@ def parse_ids(column: pl.Series, where: str, name: str) -> pl.Series:
         same = numbers.cast(pl.String) == column
         return numbers if numbers.null_count() == 0 and same.all() else column
     if column.dtype.is_float():
-        bad = column.is_null() | ~column.is_finite() | (column != column.round(0))
-        refuse(where, name, column, bad.fill_null(True), "an id, text or a whole number")
+        # Beyond 2**53 two whole numbers can be one float.
+        whole = column.is_finite() & (column == column.round(0)) & (column.abs() <= 2**53)
+        refuse(where, name, column, ~whole.fill_null(False), "an id, text or a whole number")
         return column.cast(pl.Int64)
     refuse(where, name, column, column.is_null(), "an id")
     if column.dtype.is_integer() and column.dtype not in (pl.UInt64, pl.UInt128, pl.Int128):

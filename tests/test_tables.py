@@ -144,7 +144,7 @@ def test_other_types_of_ids() -> None:
     assert "type List" in one_line(tables.parse_ids, pl.Series([[1]]), "t", "user_id")
 
 
-@pytest.mark.parametrize("values", [["a", None], ["a", ""], [1, None], [1.0, float("nan")], [1.0, 1.5]])
+@pytest.mark.parametrize("values", [["a", None], ["a", ""], [1, None], [1.0, float("nan")], [1.0, 1.5], [1.0, 1e20]])
 def test_an_id_that_is_missing_or_no_id_is_named_by_its_row(values: list[Any]) -> None:
     assert "t: user_id in row 2 is " in one_line(tables.parse_ids, pl.Series(values), "t", "user_id")
 

@@ -64,7 +64,9 @@ def read_items(source: Any, columns: Mapping[str, str] | None = None) -> pl.Data
     else:
         raise DataError(f"items: {type(source).__name__}; expected the path of a table, or a polars or pandas frame")
     names = tables.match_columns(frame.columns, where, columns or {}, ["item_id"], list(columns or {}), key="columns")
-    frame = frame.rename({theirs: ours for ours, theirs in names.items() if ours not in frame.columns})
+    # As in training: what the caller renames takes the place of a column that has that name already.
+    kept = [name for name in frame.columns if name not in names and name not in names.values()]
+    frame = frame.select(*kept, **{ours: pl.col(theirs) for ours, theirs in names.items()})
     frame = frame.with_columns(tables.parse_ids(frame["item_id"], where, "item_id").alias("item_id"))
     shown = [column for name in frame.columns if (column := tables.showable(frame[name])) is not None]
     frame = pl.DataFrame(shown)

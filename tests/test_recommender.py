@@ -215,6 +215,9 @@ def test_items_from_files_and_frames(tmp_path: Path) -> None:
     FILMS.rename({"item_id": "movieId"}).write_csv(path)
     read = read_items(path, {"item_id": "movieId"})
     assert read["title"].to_list() == FILMS["title"].to_list()
+    headed = FILMS.with_columns(headline=pl.col("title").str.to_uppercase())
+    assert read_items(headed, {"title": "headline"})["title"].to_list()[:2] == ["HEAT", "TOY STORY"]
+    assert "headline" not in read_items(headed, {"title": "headline"}).columns
     with pytest.raises(DataError, match=r"no column 'item_id'.*columns.item_id=movieId"):
         read_items(path)
     with pytest.raises(DataError, match="items: int; expected the path of a table"):

@@ -99,36 +99,6 @@ def click_metrics(
     return {"auc": auc(label_, score_), **values}
 
 
-def named_metrics(
-    split: str,
-    label: npt.ArrayLike,
-    score: npt.ArrayLike,
-    user: npt.ArrayLike,
-    slices: Mapping[str, Bools],
-    probability: bool = True,
-) -> dict[str, float]:
-    """`click_metrics` of all rows (`test/auc`) and of each slice that has rows (`test/auc|cold_item`).
-
-    Args:
-        split: the name before the slash.
-        label: 0 or 1, shape (n,).
-        score: log-odds of label 1, shape (n,).
-        user: whose row it is, shape (n,).
-        slices: name -> which of these rows belong to it, each of shape (n,).
-        probability: as in `click_metrics`.
-
-    Raises:
-        DataError: as `auc`.
-    """
-    label_, score_, user_ = np.asarray(label), np.asarray(score), np.asarray(user)
-    named = {f"{split}/{key}": value for key, value in click_metrics(label_, score_, user_, probability).items()}
-    for name, rows in slices.items():
-        if rows.any():
-            values = click_metrics(label_[rows], score_[rows], user_[rows], probability)
-            named.update({f"{split}/{key}|{name}": value for key, value in values.items()})
-    return named
-
-
 @dataclass(frozen=True)
 class Interval:
     """A figure and the middle 95 % of its values over resamples."""

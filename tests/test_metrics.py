@@ -8,10 +8,10 @@ import pytest
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peftrec.split import Log
 
 from peftrec import metrics
 from peftrec.errors import DataError
+from peftrec.split import Log
 
 
 @st.composite
@@ -275,13 +275,3 @@ def test_item_slices_share_out_all_rows_that_have_an_item(events):
     found = metrics.slices(make_log(user, item, split))
     share = sum(found[name].astype(int) for name in ("cold_item", "popular", "mid", "tail"))
     assert share.tolist() == [int(i >= 0) for i in item]
-
-
-def test_named_metrics_put_split_and_slice_into_the_key():
-    label, score, user = sample(60, 4)
-    cold = np.arange(60) < 20
-    slices = {"cold_item": cold, "cold_user": np.zeros(60, dtype=bool)}
-    found = metrics.named_metrics("test", label, score, user, slices)
-    assert found["test/auc"] == metrics.auc(label, score)
-    assert found["test/auc|cold_item"] == metrics.auc(label[cold], score[cold])
-    assert not [key for key in found if key.endswith("|cold_user")]

@@ -62,7 +62,7 @@ ML_100K = WheelAsset(
     version="1.2.1",
     sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
     size=2_130_151,
-    members=tuple(f"recbole/dataset_example/ml-100k/ml-100k.{table}" for table in ("inter", "item", "user")),
+    members=tuple(f"recbole/dataset_example/ml-100k/ml-100k.{table}" for table in ("inter", "item")),
 )
 
 SMOLLM2_135M_INSTRUCT = WheelAsset(

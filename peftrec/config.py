@@ -63,7 +63,8 @@ class Split:
     kind: Literal["temporal", "leave_last_out", "kfold", "cold_user", "cold_item", "column"] = "temporal"
     """By time over all users, each user's last two events, random folds, unseen users or items, or a given column."""
     valid: Share = 0.1
-    """Share for validation: of the rows, or of the users or items where those are held out."""
+    """Share for validation: of the rows (`kfold`: of those outside the test fold), or of the users or items where
+    those are held out."""
     test: Share = 0.1
     """Share for the test, counted like `valid`; `kfold` takes one fold instead."""
     column: Text | None = None
@@ -92,8 +93,6 @@ class Data:
     """Commit, tag or branch of the Hub data set; null is its main branch."""
     items: Text | None = None
     """The items table, one row per item_id; not needed where the interactions have a title column."""
-    users: Text | None = None
-    """The users table, one row per user_id."""
     records: Text | RecordFiles | None = None
     """Ready-made prompts (instruction, input, output): one JSON or JSONL file to split, or one each for
     train, valid and test."""
@@ -243,9 +242,9 @@ class Eval:
     base_model: bool = True
     """Also score the base model without the adapter."""
     max_valid_rows: Count | None = None
-    """Most validation rows scored during training; null scores all."""
+    """Most validation rows scored, whole users drawn by the seed (at least one user); null scores all."""
     max_test_rows: Count | None = None
-    """Most test rows scored, whole users drawn by the seed; null scores all."""
+    """Most test rows scored, whole users drawn by the seed (at least one user); null scores all."""
     bootstrap: Annotated[int, Check("a whole number from 0", lambda n: n >= 0)] = 1000
     """Resamples of the users for the 95 % intervals; 0 gives none."""
     recommend_k: Count = 10
@@ -363,9 +362,9 @@ def _idle(recipe: Recipe) -> dict[str, str]:
         _FILE_SUFFIXES
     )
     cases = (
-        (data.name, "data.name", "data.items data.users data.columns data.hub_revision"),
+        (data.name, "data.name", "data.items data.columns data.hub_revision"),
         (own_files, source, "data.hub_revision"),
-        (data.records, "data.records", "data.items data.users data.like_at data.rating_range"),
+        (data.records, "data.records", "data.items data.like_at data.rating_range"),
         (data.records, "data.records", "prompt.item prompt.header prompt.history prompt.max_history"),
         (isinstance(data.records, dict), "data.records", " ".join(leaves(Split, "data.split."))),
         (kind != "column", "data.split.kind", "data.split.column"),
@@ -376,9 +375,9 @@ def _idle(recipe: Recipe) -> dict[str, str]:
         (layout == "pointwise", "prompt.layout", "prompt.overlap"),
         (recipe.prompt.template, "prompt.template", "prompt.header"),
         (recipe.adapter.method == "none", "adapter.method", " ".join(leaves(Adapter, "adapter.")).partition(" ")[2]),
+        (recipe.adapter.method == "none", "adapter.method", " ".join(leaves(Train, "train.")) + " eval.base_model"),
         (recipe.train.lr_scheduler_type == "constant", "train.lr_scheduler_type", "train.warmup_steps"),
         (recipe.train.evals == 0, "train.evals", "train.early_stopping_patience train.metric_for_best_model"),
-        (recipe.train.evals == 0, "train.evals", "eval.max_valid_rows"),
     )
     return {key: decider for applies, decider, keys in cases if applies for key in keys.split()}
 

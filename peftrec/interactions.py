@@ -35,7 +35,6 @@ class Interactions:
             such, `rating` (Float32), `split` (the split that the source itself gives), `instruction` and `input`.
         user_ids: Original ids, sorted; each has an event.
         items: `item_id`, `title` and whatever else the items table holds; no rows for prompt records.
-        users: The users table by `user_id`, if there is one.
         name: The data set's name, or the source as the recipe has it.
         sha256: Hash of the values of events and items as they are used; a CSV and a Parquet of the same rows agree.
         warnings: What was left out or assumed, one counted line each.
@@ -44,7 +43,6 @@ class Interactions:
     events: pl.DataFrame
     user_ids: pl.Series
     items: pl.DataFrame
-    users: pl.DataFrame | None
     name: str
     sha256: str
     warnings: tuple[str, ...]
@@ -62,11 +60,10 @@ def load(data: Data, seed: int) -> Interactions:
         DataError: If the tables cannot be read or used; says where, what was found and what to do.
     """
     warnings: list[str] = []
-    users: pl.DataFrame | None = None
     if data.records is not None:
         name, events, items = _records(data)
     else:
-        name, events, items, users = _named(data, warnings) if data.name else _files(data, warnings)
+        name, events, items = _named(data, warnings) if data.name else _files(data, warnings)
         events, items = _join_items(events, items, name, warnings)
     events, user_ids = _code_users(events)
     if data.records is None:
@@ -77,7 +74,7 @@ def load(data: Data, seed: int) -> Interactions:
         events, user_ids = _sample(events, user_ids, data.sample_users, seed, warnings)
     _check_classes(events["label"], name, data)
     fingerprint = _fingerprint(events, user_ids, items)
-    return Interactions(events, user_ids, items, users, name, fingerprint, tuple(warnings))
+    return Interactions(events, user_ids, items, name, fingerprint, tuple(warnings))
 
 
 def check(data: Data, shown: Sequence[str] = ()) -> None:
@@ -125,7 +122,7 @@ def sorted_order(key: np.ndarray, value: np.ndarray) -> np.ndarray:
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
-def _named(data: Data, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame, pl.DataFrame | None]:
+def _named(data: Data, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame]:
     dataset = DATASETS.get(data.name or "")
     if dataset is None:
         raise DataError(_unknown_name(data.name or ""))
@@ -134,7 +131,7 @@ def _named(data: Data, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataF
     scale = dataset.rating_range if data.rating_range is None else data.rating_range
     table = loaded.interactions.lazy()
     raw = _select(table, dataset.name, {}, data, with_title=False, warnings=warnings)
-    return dataset.name, _parse(raw, dataset.name, like_at, scale), loaded.items, loaded.users
+    return dataset.name, _parse(raw, dataset.name, like_at, scale), loaded.items
 
 
 def _unknown_name(name: str) -> str:
@@ -147,8 +144,6 @@ def _looks(data: Data, shown: Sequence[str]) -> Iterator[tuple[str, Callable[[st
         yield data.interactions, lambda source: _first_event(source, data)
     if data.items:
         yield data.items, lambda source: _check_items(source, data, shown)
-    if data.users:
-        yield data.users, lambda source: _side_names(source, data.columns, "user_id", [])
     files = data.records.values() if isinstance(data.records, dict) else filter(None, [data.records])
     for file in files:
         yield file, lambda source: _record_names(source, data)
@@ -161,7 +156,7 @@ def _first_event(where: str, data: Data) -> pl.DataFrame:
 
 
 def _check_items(source: str, data: Data, shown: Sequence[str]) -> None:
-    _, names, kept = _side_names(source, data.columns, "item_id", ["title"])
+    _, names, kept = _item_names(source, data.columns)
     for name in shown:
         if name not in (*names, *kept):
             found = ", ".join((*names, *kept))
@@ -170,7 +165,7 @@ def _check_items(source: str, data: Data, shown: Sequence[str]) -> None:
             raise DataError(f"prompt.item: no column '{name}' in {source} ({found}); {todo}")
 
 
-def _files(data: Data, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame, pl.DataFrame | None]:
+def _files(data: Data, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame]:
     where = data.interactions or ""
     table = tables.scan(where, data.hub_revision)
     raw = _select(table, where, data.columns, data, with_title=data.items is None, warnings=warnings)
@@ -179,9 +174,8 @@ def _files(data: Data, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataF
         items = events.select("item_id", raw["title"]).unique("item_id", keep="first", maintain_order=True)
         items = items.sort("item_id")
     else:
-        items = _side_table(data.items, data.columns, "item_id", ["title"])
-    users = None if data.users is None else _side_table(data.users, data.columns, "user_id", [])
-    return where, events, items, users
+        items = _items_table(data.items, data.columns)
+    return where, events, items
 
 
 def _select(
@@ -274,26 +268,23 @@ def _parse(
     return pl.DataFrame(columns)
 
 
-def _side_table(source: str, columns: Mapping[str, str], id_name: str, required: list[str]) -> pl.DataFrame:
-    """An items or users table: every column that a template could show, ids parsed, lists of text joined."""
-    table, names, kept = _side_names(source, columns, id_name, required)
+def _items_table(source: str, columns: Mapping[str, str]) -> pl.DataFrame:
+    """The items table: every column that a template could show, ids parsed, lists of text joined."""
+    table, names, kept = _item_names(source, columns)
     frame = tables.collect(table.select(*kept, **{ours: pl.col(theirs) for ours, theirs in names.items()}), source)
-    ids = tables.parse_ids(frame[id_name], source, id_name).alias(id_name)
-    texts = [frame[name].cast(pl.String) for name in required]
-    rest = [tables.showable(frame[name]) for name in frame.columns if name != id_name and name not in required]
-    return pl.DataFrame([ids, *texts, *(column for column in rest if column is not None)])
+    ids = tables.parse_ids(frame["item_id"], source, "item_id").alias("item_id")
+    rest = [tables.showable(frame[name]) for name in frame.columns if name not in ("item_id", "title")]
+    return pl.DataFrame([ids, frame["title"].cast(pl.String), *(column for column in rest if column is not None)])
 
 
-def _side_names(
-    source: str, columns: Mapping[str, str], id_name: str, required: list[str]
-) -> tuple[pl.LazyFrame, dict[str, str], list[str]]:
+def _item_names(source: str, columns: Mapping[str, str]) -> tuple[pl.LazyFrame, dict[str, str], list[str]]:
     """The table, our names -> its names, and what else it has."""
     table = tables.scan(source)
     found = tables.column_names(table, source)
     # The renames were written for the interactions too: here only those count that lead somewhere.
     given = {ours: theirs for ours, theirs in columns.items() if theirs in found}
-    optional = [ours for ours in given if ours not in required and ours != id_name]
-    names = tables.match_columns(found, source, given, [id_name, *required], optional)
+    optional = [ours for ours in given if ours not in ("item_id", "title")]
+    names = tables.match_columns(found, source, given, ["item_id", "title"], optional)
     kept = [other for other in found if other not in names and other not in names.values()]
     return table, names, kept
 

@@ -102,6 +102,22 @@ def test_shipped_recipe_is_valid(path: Path) -> None:
     load_recipe(path)
 
 
+def test_limits_of_what_is_scored_need_no_validation_passes() -> None:
+    recipe = parse_recipe(with_values(train={"evals": 0}, eval={"max_valid_rows": 9}), "x.yaml")
+    assert recipe.eval.max_valid_rows == 9
+
+
+def test_epochs_may_stand_beside_steps() -> None:
+    recipe = parse_recipe(with_values(train={"num_train_epochs": 2, "max_steps": 9}), "x.yaml")
+    assert recipe.train.max_steps == 9
+
+
+def test_nothing_trained_keeps_no_training_settings() -> None:
+    kept = recipe_to_dict(parse_recipe(with_values(adapter={"method": "none"}), "x.yaml"))
+    assert "train" not in kept
+    assert "base_model" not in kept["eval"]
+
+
 # What is refused
 
 
@@ -167,6 +183,11 @@ WRONG_VALUES = [
     ({"prompt": {"layout": "pointwise", "overlap": 8}}, "prompt.overlap: does nothing under prompt.layout: pointwise"),
     ({"model__attn_implementation": "flash_attention_2"}, "model.attn_implementation: flash_attention_2 cannot hide"),
     ({"train": {"lr_scheduler_type": "constant", "warmup_steps": 3}}, "train.warmup_steps: does nothing under train."),
+    ({"adapter": {"method": "none"}, "train": {"max_steps": 9}}, "train.max_steps: does nothing under adapter.method"),
+    (
+        {"adapter": {"method": "none"}, "eval": {"base_model": True}},
+        "eval.base_model: does nothing under adapter.method: none",
+    ),
     ({"train": {"evals": 0, "early_stopping_patience": 1}}, "train.early_stopping_patience: does nothing under train."),
     ({"data": {}}, "data: no source; expected one of data.name, data.interactions and data.records; add one"),
     ({"data": {"interactons": "a.csv"}}, "data.interactons: unknown key; did you mean interactions?"),
@@ -373,7 +394,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     elif source == "name":
         data["name"] = draw(names)
     else:
-        data |= draw(optional(items=names, users=names, columns=columns, rating_range=st.just([1, 5.5])))
+        data |= draw(optional(items=names, columns=columns, rating_range=st.just([1, 5.5])))
         data |= draw(optional(like_at=st.floats(1.5, 5.0)))
         data["interactions"] = "r.csv" if source == "file" else "someone/ratings"
         if source == "hub":
@@ -419,18 +440,21 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         )
     )
     train |= draw(st.just({"lr_scheduler_type": "constant"}) | optional(warmup_steps=st.floats(0, 0.99) | counts))
+    adapter = draw(st.just({"method": "none"}) | lora)
+    bare = adapter.get("method") == "none"
     return {
         "data": data,
         "prompt": prompt,
         "model": draw(optional(name=names, revision=names, dtype=st.sampled_from(["float32", "bfloat16", "float16"]))),
-        "adapter": draw(st.just({"method": "none"}) | lora),
+        "adapter": adapter,
         "score": {} if records else draw(optional(prior=st.sampled_from(["none", "bias"]))),
-        "train": train,
+        "train": {} if bare else train,
         "eval": draw(
             optional(
                 slices=distinct("cold_item", "cold_user", "popularity"),
                 baselines=distinct("item_mean", "bias", "popularity"),
-                base_model=st.booleans(),
+                **({} if bare else {"base_model": st.booleans()}),
+                max_valid_rows=counts,
                 max_test_rows=counts,
                 bootstrap=st.integers(0, 10**6),
             )

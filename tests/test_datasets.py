@@ -70,12 +70,6 @@ def test_ml_100k_films_read_well(ml_100k: interactions.Interactions) -> None:
     assert not films["title"].str.contains(r"^\s|\s$").any()
 
 
-def test_ml_100k_says_nothing_of_where_people_live(ml_100k: interactions.Interactions) -> None:
-    assert ml_100k.users is not None
-    assert ml_100k.users.columns == ["user_id", "age", "gender", "occupation"]
-    assert ml_100k.users.height == 943
-
-
 def test_ml_100k_temporal_split(ml_100k: interactions.Interactions) -> None:
     log = split(ml_100k, config.Split(), 13)
     assert np.bincount(log.split).tolist() == [79_999, 10_001, 10_000]

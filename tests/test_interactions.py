@@ -255,13 +255,6 @@ def test_a_column_can_give_the_split(write: Any) -> None:
     assert "no column 'fold' (found user_id" in refused(write(split=how))
 
 
-def test_a_users_table_is_kept(write: Any, tmp_path: Path) -> None:
-    (tmp_path / "users.csv").write_text("user_id,age\na,31\n")
-    users = load(write(users=str(tmp_path / "users.csv"))).users
-    assert users is not None
-    assert users.rows() == [("a", "31")]
-
-
 def test_sampling_keeps_whole_users_and_follows_the_seed(write: Any) -> None:
     names = ["e", "a", "d", "b", "c"] * 4
     rows = {

@@ -198,7 +198,6 @@ def test_data_facts_count_each_split() -> None:
         events=pl.DataFrame(),
         user_ids=log.user_ids,
         items=log.items,
-        users=None,
         name="films",
         sha256="ab",
         warnings=("2 duplicate rows dropped",),

@@ -12,11 +12,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tables:
-    """A data set's tables under our column names, one row per event, item and user, not checked yet."""
+    """A data set's tables under our column names, one row per event and item, not checked yet."""
 
     interactions: pl.DataFrame
     items: pl.DataFrame
-    users: pl.DataFrame | None = None
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,9 @@ def natural_title(title: pl.Expr) -> pl.Expr:
 def load() -> Tables:
     """The tables, fetched when they are not in the cache.
 
-    Users carry no zip code: with age and occupation it can single out a person, and nothing here needs it.
-
     Returns:
-        interactions (user_id, item_id, rating, timestamp), items (item_id, title, year, genres), users (user_id, age,
-        gender, occupation). `genres` are joined with `, `; one film is called unknown and has no year.
+        interactions (user_id, item_id, rating, timestamp) and items (item_id, title, year, genres). `genres` are joined
+        with `, `; one film is called unknown and has no year. What the data set tells of its people is not fetched.
     """
     import polars as pl  # here, so that listing the data sets is quick
 
@@ -60,7 +58,6 @@ def load() -> Tables:
     return Tables(
         interactions=read(ratings),
         items=items,
-        users=read(ratings.with_suffix(".user")).drop("zip_code"),
     )
 
 

@@ -82,7 +82,7 @@ def load(model: config.Model) -> Backbone:
     source = str(_converted(packaged)) if packaged else model.name
     # A packaged model and a saved adapter's base may both be a folder; neither has revisions.
     revision = {"revision": model.revision} if model.revision else {}
-    on_gpu = torch.cuda.is_available()
+    on_gpu = has_gpu()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code, **revision)
         loaded, loading = AutoModelForCausalLM.from_pretrained(
@@ -166,9 +166,14 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
+def has_gpu() -> bool:
+    """Whether the model goes to a GPU: there is one, and accelerate was not told to stay on the CPU."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
+
+
 def accelerators() -> list[str]:
     """Names of the GPUs that this process can use."""
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if has_gpu() else []
 
 
 def use_all_cores(local_processes: int) -> None:
@@ -177,7 +182,7 @@ def use_all_cores(local_processes: int) -> None:
     `accelerate launch` sets one thread for each process of a CPU run unless it is told otherwise, which would leave all
     other cores idle. `taskset` limits the cores that count.
     """
-    if not torch.cuda.is_available():
+    if not has_gpu():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_processes))
 
@@ -214,16 +219,16 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160].rstrip(". ")
 
 
-    folder = assets.cache_folder() / "models" / gguf.parent.name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if (folder / "config.json").is_file():
-            return folder
 def _converted(asset: assets.WheelAsset) -> Path:
     """The packaged GGUF file as a folder that transformers loads at once; made the first time, kept in the cache."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     gguf = assets.wheel_file(asset)
+    folder = assets.cache_folder() / "models" / gguf.parent.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if (folder / "config.json").is_file():
+            return folder
         with _whole_folder(folder) as scratch:
             where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
             model = AutoModelForCausalLM.from_pretrained(

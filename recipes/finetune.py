@@ -78,6 +78,7 @@ def main() -> None:
 
     # Text and model.
     loaded = backbone.load(recipe.model)
+    backbone.check_window(loaded.model, recipe.prompt.max_tokens)
     encoder = encode.Encoder(log, recipe.prompt, loaded.tokenizer, recipe.eval.ties)
     model = scorer.answer_only(loaded.model, encoder.codec.answers)
     say(f"model: {loaded.base.name}, {loaded.base.parameters / 1e6:.0f} M parameters, on {model.device}")

@@ -42,7 +42,7 @@ from peftrec.errors import ConfigError, DataError, as_one_line
 from peftrec.recommender import Recommender
 
 PROBES = 8  # questions whose scores are saved with the adapter
-MOST_CANDIDATES = 2000  # ranked at the end for one person
+MOST_CANDIDATES = {"timeline": 2000, "pointwise": 50}  # ranked at the end for one person; a prompt each is slow
 
 
 def main() -> None:
@@ -291,9 +291,9 @@ def _recommend(folder: Path, log: split.Log, recipe: config.Recipe) -> None:
     known, later = np.array_split(np.flatnonzero(log.user == person), 2)
     recommender = Recommender.from_pretrained(folder, items=log.items, trust_remote_code=recipe.model.trust_remote_code)
     ids = log.items["item_id"].to_list()
-    # A large catalogue is cut to the items with the most training events: one forward a candidate adds up.
+    # A large catalogue is cut to the items with the most training events.
     popular = np.argsort(-np.bincount(log.item[log.split == split.TRAIN], minlength=len(ids)), kind="stable")
-    candidates = [ids[code] for code in popular[:MOST_CANDIDATES].tolist()]
+    candidates = [ids[code] for code in popular[: MOST_CANDIDATES[recipe.prompt.layout]].tolist()]
     k = recipe.eval.recommend_k
     best = recommender.rank([(ids[log.item[row]], int(log.label[row])) for row in known], candidates, k=k)
     told = {ids[log.item[row]]: "liked" if log.label[row] else "disliked" for row in later}

@@ -87,7 +87,7 @@ def test_shipped_recipe_runs_two_steps(path: Path, tmp_path: Path) -> None:
         "slices.png",
     }
     assert set(found.baselines) >= {"base_model", "item_mean", "bias", "popularity"}
-    for words in ("user+item bias", "AUC by slice", "recommended", "everything is in"):
+    for words in ("user+item bias", "AUC by slice", "best of", "everything is in"):
         assert words in done.stdout
 
 

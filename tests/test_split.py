@@ -31,7 +31,7 @@ def table(rows: list[tuple[int, int, int, int]], **columns: list[object]) -> Int
         }
     )
     items = pl.DataFrame({"item_id": list(range(max(item) + 1)), "title": "x"})
-    return Interactions(events, pl.Series(range(max(user) + 1)), items, None, "tiny", "0" * 64, ())
+    return Interactions(events, pl.Series(range(max(user) + 1)), items, "tiny", "0" * 64, ())
 
 
 def test_temporal_cuts_at_the_quantiles() -> None:
@@ -193,6 +193,6 @@ def test_a_split_that_the_source_gives_is_checked_too() -> None:
 
 def test_records_have_no_cold_items() -> None:
     rows = table([(n, 0, n % 2, n) for n in range(20)])
-    bare = Interactions(rows.events, rows.user_ids, rows.items.clear(), None, "r.json", "", ())
+    bare = Interactions(rows.events, rows.user_ids, rows.items.clear(), "r.json", "", ())
     with pytest.raises(DataError, match=r"r\.json: prompt records name no items"):
         split(bare, config.Split(kind="cold_item"), 1)

@@ -1,7 +1,7 @@
 """Attention for CPUs: plain matrix products over blocks of queries, each of which stops at the last key it may see.
 
 PyTorch's fused kernel for CPUs takes half of a training step here. Two bfloat16 products and a softmax over the lower
-triangle's blocks do the same work in 0.5x (512 tokens) to 0.7x (1,024 tokens) of its time: docs/benchmarks.md.
+triangle's blocks do the same work in less time: docs/benchmarks.md has the ratios.
 Accelerators keep the fused kernels that transformers chooses.
 """
 

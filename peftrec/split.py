@@ -209,10 +209,10 @@ def _check(parts: np.ndarray, label: np.ndarray, where: str, kind: str) -> None:
         elif part != VALID and len(classes := np.unique(label[parts == part])) == 1:
             found = f"all {counts[part]} rows of {name} have label {classes[0]}"
         if found:
-            raise DataError(f"{where}: {found} after a {kind} split ({sizes}); expected both labels: {_TODO[kind]}")
+            raise DataError(f"{where}: {found} after a {kind} split ({sizes}); expected both labels: {_ADVICE[kind]}")
 
 
-_TODO = {
+_ADVICE = {
     "temporal": "change data.split.valid and data.split.test, or see whether too many rows share a timestamp",
     "leave_last_out": "it needs users with events at three times or more; data.split.kind=temporal does not",
     "kfold": "change data.split.folds or data.split.valid, or bring more rows",

@@ -99,7 +99,8 @@ def test_null_is_the_default_and_is_not_given() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_recipe_is_valid(path: Path) -> None:
-    load_recipe(path)
+    recipe = load_recipe(path)
+    assert parse_recipe(recipe_to_dict(recipe), "again") == recipe
 
 
 def test_limits_of_what_is_scored_need_no_validation_passes() -> None:

@@ -1,11 +1,12 @@
-"""Timeline against pointwise: the same model, the same training rows, the same test rows, in one run.
+"""Timeline against pointwise: the same model, the same training events, the same test rows, in one run.
 
-    python benchmarks/layouts.py [--users 24] [--rounds 3] [--write]
+    python benchmarks/layouts.py [--events 1000] [--rounds 5] [--write]
 
 Two questions. How many events does each layout learn a second? Measured in turn (A B A B …), the same number of packed
 rows each, the median of the pairs' ratios. And what does it cost in AUC? Each layout trains one epoch over the same
-training events from the same start and scores the same test rows; the difference has an interval from resampled users.
-Pointwise prompts are packed into rows without padding too, which favours them.
+events in equally many steps from the same start; then both adapters score the same test rows, of people drawn from
+everybody, read as timelines (a score does not depend on the layout in which it is asked). The difference has an
+interval from resampled users. Pointwise prompts are packed into rows without padding too, which favours them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any
 import numpy as np
 from pages import put
 
-from peftrec import adapters, backbone, config, encode, interactions, metrics, scorer, split, train
+from peftrec import adapters, backbone, config, encode, interactions, scorer, split, train
+from peftrec.bootstrap import bootstrap
+from peftrec.target import Target
 from peftrec.timeline import WindowDataset, collate
 
 RECIPE = Path(__file__).parent.parent / "recipes/configs/ml-100k/click_lora_demo.yaml"
@@ -29,12 +32,13 @@ RECIPE = Path(__file__).parent.parent / "recipes/configs/ml-100k/click_lora_demo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--users", type=int, default=24, help="people whose events are used")
+    parser.add_argument("--events", type=int, default=1000, help="training events at most, of whole users")
+    parser.add_argument("--test-rows", type=int, default=4000, help="test rows at most, of whole users")
     parser.add_argument("--history", type=int, default=50, help="events shown in a pointwise prompt at most")
     parser.add_argument("--rounds", type=int, default=3, help="timed pairs")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     arguments = parser.parse_args()
-    base = config.load_recipe(RECIPE, ["--data.sample_users", str(arguments.users), "--score.prior", "none"])
+    base = config.load_recipe(RECIPE, ["--score.prior", "none"])
     # One text for both: the pointwise prompt is the timeline up to the event in question.
     pointwise = dataclasses.replace(
         base.prompt, layout="pointwise", max_history=arguments.history, overlap=config.Prompt().overlap
@@ -43,11 +47,17 @@ def main() -> None:
 
     data = interactions.load(base.data, base.seed)
     log = split.split(data, base.data.split, base.seed)
+    drawn = interactions.drawn_order(len(log.user_ids), base.seed, "layouts")
+    test_rows = encode.whole_users(np.flatnonzero(log.split == split.TEST), log.user, arguments.test_rows, drawn)
+    learned = encode.whole_users(np.flatnonzero(log.split == split.TRAIN), log.user, arguments.events, drawn)
+    few = dataclasses.replace(log, split=np.where(np.isin(np.arange(len(log)), learned), split.TRAIN, split.TEST))
     loaded = backbone.load(base.model)
     datasets, models = {}, {}
     for name, prompt in layouts.items():
-        encoder = encode.Encoder(log, prompt, loaded.tokenizer, base.eval.ties)
-        datasets[name] = (encoder.train(None), encoder.evaluate(_test_rows(log), "streaming", None))
+        encoder = encode.Encoder(few, prompt, loaded.tokenizer, base.eval.ties)
+        datasets[name] = encoder.train(None)
+        if name == "timeline":
+            test = encoder.evaluate(test_rows, "streaming", None)
         fresh = backbone.load(base.model).model
         models[name] = adapters.attach(
             scorer.answer_only(fresh, encoder.codec.answers), base.adapter, base_name=loaded.base.hub_id, seed=base.seed
@@ -56,41 +66,39 @@ def main() -> None:
     speeds: dict[str, list[float]] = {name: [] for name in layouts}
     for turn in range(arguments.rounds + 1):
         for name in layouts:
-            rate = _events_per_second(models[name], datasets[name][0], rows=4, seed=turn)
+            rate = _events_per_second(models[name], datasets[name], rows=4, seed=turn)
             if turn:  # the first pair warms up
                 speeds[name].append(rate)
     ratios = [a / b for a, b in zip(speeds["timeline"], speeds["pointwise"], strict=True)]
 
     scores: dict[str, np.ndarray] = {}
     seconds: dict[str, float] = {}
+    steps = len(datasets["timeline"])
     for name in layouts:
-        seconds[name], rows, scores[name] = _train_and_score(models[name], *datasets[name], base)
-    drawn = metrics.bootstrap(log.label[rows], scores, log.user[rows], n=1000, seed=base.seed)
-    difference = drawn.differences["pointwise"]["auc"]
+        seconds[name], rows, scores[name] = _train_and_score(models[name], datasets[name], test, base, steps)
+    measured = bootstrap(log.label[rows], scores, log.user[rows], n=1000, seed=base.seed)
+    difference = measured.differences["pointwise"]["auc"]
     lines = [
         "| layout | events learned a second | tokens an event | seconds for the epoch | test AUC |",
         "|---|---:|---:|---:|---:|",
     ]
     for name in layouts:
-        one, area = datasets[name][0], drawn.intervals[name]["auc"]
+        one, area = datasets[name], measured.intervals[name]["auc"]
         lines.append(
             f"| {name} | {statistics.median(speeds[name]):.2f} | {one.tokens / one.events:.1f} | {seconds[name]:.0f} "
             f"| {area.point:.3f} [{area.low:.3f}, {area.high:.3f}] |"
         )
     lines += [
         "",
-        f"{datasets['timeline'][0].events:,} training events and {len(rows):,} test rows of {arguments.users} people; "
-        f"pointwise prompts show at most {arguments.history} events. Events a second, timeline over pointwise: median "
+        f"{len(learned):,} training events of {len(np.unique(log.user[learned]))} people in {steps} steps, "
+        f"{len(rows):,} test rows of {len(np.unique(log.user[rows]))} people; pointwise prompts show at most "
+        f"{arguments.history} events. Events a second, timeline over pointwise: median "
         f"{statistics.median(ratios):.1f}x of {len(ratios)} pairs (from {min(ratios):.1f}x to {max(ratios):.1f}x). "
         f"AUC, timeline minus pointwise: {difference.point:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}].",
     ]
     print("\n".join(lines))
     if arguments.write:
         put("pointwise", "\n".join(lines))
-
-
-def _test_rows(log: split.Log) -> np.ndarray:
-    return np.flatnonzero(log.split == split.TEST)
 
 
 def _events_per_second(model: Any, data: WindowDataset, *, rows: int, seed: int) -> float:
@@ -102,16 +110,15 @@ def _events_per_second(model: Any, data: WindowDataset, *, rows: int, seed: int)
     for row in picked:
         batch = collate([row])
         events += int((batch["labels"] >= 0).sum())
-        scorer.interaction_loss(model, batch, model.dtype, 1).backward()
+        scorer.interaction_loss(model, batch, model.dtype, Target(), 1).backward()
     model.zero_grad()
     return events / (time.perf_counter() - begin)
 
 
 def _train_and_score(
-    model: Any, data: WindowDataset, test: WindowDataset, recipe: config.Recipe
+    model: Any, data: WindowDataset, test: WindowDataset, recipe: config.Recipe, steps: int
 ) -> tuple[float, np.ndarray, np.ndarray]:
     # The same number of optimizer steps for both, so that neither is favoured by smaller batches.
-    steps = 24
     how = dataclasses.replace(
         recipe.train,
         max_steps=-1,
@@ -120,10 +127,11 @@ def _train_and_score(
         evals=0,
         metric_for_best_model=config.Train().metric_for_best_model,
     )
+    target = Target()
     with tempfile.TemporaryDirectory() as folder:
-        fitted = train.fit(model, data, test, lambda *_: {}, train=how, folder=Path(folder), seed=recipe.seed)
-    rows, scores = train.score(model, test, description="score")
-    return fitted.seconds, rows, scores
+        fitted = train.fit(model, data, test, target, lambda *_: {}, train=how, folder=Path(folder), seed=recipe.seed)
+    rows, outputs = train.score(model, test, description="score")
+    return fitted.seconds, rows, target.measure(outputs)[0]
 
 
 if __name__ == "__main__":

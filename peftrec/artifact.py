@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from peftrec import config
 from peftrec.baselines import Prior
-from peftrec.datasets import DATASETS
 from peftrec.errors import ModelError
 from peftrec.prompts import ANSWER_MARK, LINE_END, Codec
+from peftrec.rating_baselines import RatingPrior
 from peftrec.schema import Check, Reader, show
+
+if TYPE_CHECKING:
+    from peftrec.target import Target
 
 FORMAT = 1
 FILE: Final = "peftrec.json"
@@ -30,7 +34,8 @@ MOST_TOKENS = 1_000_000
 
 Name = Annotated[str, Check("text of at most 500 characters", lambda text: 0 < len(text) <= 500)]
 Tokens = Annotated[int, Check(f"a number of tokens up to {MOST_TOKENS:,}", lambda n: 1 <= n <= MOST_TOKENS)]
-Two = Check("two different values, first for not liked, then for liked", lambda a: len(a) == len(set(a)) == 2)
+Several = Check("two or more different values", lambda a: len(a) == len(set(a)) > 1)
+Finite = Annotated[float, Check("a finite number", math.isfinite)]
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,10 @@ class PromptFormat:
     """Text before the first event, line end included."""
     item: config.Template
     """An item as text, over the columns of the items table."""
-    answers: Annotated[list[str], Two]
-    answer_ids: Annotated[list[int], Two]
-    """The answers' tokens: the score is the second one's logit minus the first one's at the last token."""
+    answers: Annotated[list[str], Several]
+    answer_ids: Annotated[list[int], Several]
+    """The answers' tokens. Of clicks the score is the second one's logit minus the first one's at the last token, of
+    ratings the mean of `target.scale` under the softmax of their logits plus `target.offset`."""
     max_tokens: Tokens
     max_item_tokens: Tokens
     """An item's text and the colon behind it are cut to this many tokens."""
@@ -52,6 +58,7 @@ class PromptFormat:
     bos: str | None = None
     """Token that stands before everything, as text; null where the tokenizer has none."""
     history: Literal["all", "liked"] = "all"
+    """Which events are shown; liked are those from `like_at`."""
     max_history: config.Count | None = None
     template: config.Template | None = None
     example: str = ""
@@ -61,7 +68,7 @@ class PromptFormat:
         """The prompt as text, without `bos`, up to the position where the answer is read.
 
         Args:
-            history: text and answer (0 or 1) of each event shown, oldest first.
+            history: text and answer (its index) of each event shown, oldest first.
             item: text of the item in question.
         """
         lines = "".join(f"{text}{ANSWER_MARK}{self.answers[answer]}{self.line_end}" for text, answer in history)
@@ -93,13 +100,26 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """What the outputs at the read position mean; see `target.Target`."""
+
+    head: Literal["tokens", "classifier", "linear"] = "tokens"
+    loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
+    scale: Annotated[list[Finite], Several] = field(default_factory=lambda: [0.0, 1.0])
+    """What each answer stands for, ascending."""
+    offset: list[Finite] = field(default_factory=lambda: [0.0, 0.0])
+    slope: Finite = 1.0
+    centre: Finite = 0.0
+
+
+@dataclass(frozen=True)
 class Probe:
     """A question with the score that the adapter gave when it was saved.
 
     Attributes:
-        history: text and answer (0 or 1) of each event, oldest first.
+        history: text and answer (its index) of each event, oldest first.
         candidate: text of the item in question.
-        score: log-odds without the prior, from float32.
+        score: without the prior, from float32.
     """
 
     history: list[tuple[str, int]]
@@ -115,9 +135,10 @@ class Artifact:
     base_model: Base
     data: Source
     peftrec_version: Name
-    task: Literal["click"] = "click"
+    task: Literal["click", "rating"] = "click"
+    target: Scoring = field(default_factory=Scoring)
     like_at: float | None = None
-    """Rating from which an event counts as liked; null where the data had labels."""
+    """Rating from which an event counts as liked; null where the data had labels, or nobody said."""
     prior: Literal["prior.json"] | None = None
     seed: int = 13
     probes: list[Probe] = field(default_factory=list)
@@ -127,10 +148,11 @@ def describe(
     recipe: config.Recipe,
     codec: Codec,
     base: Any,
+    target: Target,
     *,
     data_name: str,
     data_sha256: str,
-    rated: bool,
+    like_at: float | None,
     max_item_tokens: int,
     example: tuple[Sequence[tuple[str, int]], str],
     template: str | None = None,
@@ -142,21 +164,20 @@ def describe(
         recipe: the run's recipe.
         codec: its prompt under the base model's tokenizer.
         base: the run's `backbone.BaseModel`.
+        target: the run's.
         data_name: `Interactions.name`.
         data_sha256: `Interactions.sha256`.
-        rated: whether labels were made from ratings by `like_at`.
+        like_at: rating from which an event counts as liked, where that is known and matters.
         max_item_tokens: where item texts were cut.
         example: history and candidate of the example prompt, as in `PromptFormat.text`.
         template: the template in effect where the recipe leaves it to a default (prompt records).
         probes: questions with their scores.
     """
-    named = DATASETS.get(recipe.data.name or "")
-    like_at = recipe.data.like_at if recipe.data.like_at is not None or named is None else named.like_at
     prompt = PromptFormat(
         layout=recipe.prompt.layout,
         header=codec.header_text,
         item=recipe.prompt.item,
-        answers=list(recipe.prompt.answers),
+        answers=codec.answer_texts,
         answer_ids=list(codec.answers),
         max_tokens=recipe.prompt.max_tokens,
         max_item_tokens=max_item_tokens,
@@ -173,7 +194,9 @@ def describe(
         base_model=Base(**{**facts, "name": _public(base.name), "hub_id": _public(base.hub_id)}),
         data=Source(", ".join(_public(part) for part in data_name.split(", ")), data_sha256),
         peftrec_version=version("peftrec"),
-        like_at=like_at if rated else None,
+        task=recipe.task,
+        target=Scoring(target.head, target.loss, list(target.scale), list(target.offset), target.slope, target.centre),
+        like_at=like_at,
         seed=recipe.seed,
         probes=list(probes),
     )
@@ -189,7 +212,7 @@ def _public(name: str) -> str:
     return path.name if path.is_absolute() or path.exists() else name
 
 
-def write(folder: str | Path, artifact: Artifact, prior: Prior | None) -> None:
+def write(folder: str | Path, artifact: Artifact, prior: Prior | RatingPrior | None) -> None:
     """Write `peftrec.json` and, where there is a prior, `prior.json`; each appears whole or not at all."""
     folder = Path(folder)
     if prior is not None:
@@ -235,14 +258,27 @@ def read(folder: str | Path) -> Artifact:
     if reader.problems:
         more = f" (and {len(reader.problems) - 1} more)" if len(reader.problems) > 1 else ""
         raise ModelError(f"{reader.problems[0]}{more}; fetch the adapter again, or upgrade peftrec")
-    return dataclasses.replace(artifact, probes=_probes(probes, path))
+    _check_sizes(artifact, path)
+    return dataclasses.replace(artifact, probes=_probes(probes, len(artifact.prompt.answers), path))
 
 
-def _probes(values: Any, path: Path) -> list[Probe]:
+def _check_sizes(artifact: Artifact, path: Path) -> None:
+    """As many answers, tokens, ratings and offsets as belong together."""
+    target, answers = artifact.target, len(artifact.prompt.answers)
+    outputs = 1 if target.head == "linear" else answers
+    sizes = (len(artifact.prompt.answer_ids), len(target.scale), len(target.offset))
+    if sizes != (answers, answers, outputs) or target.scale != sorted(target.scale):
+        raise ModelError(
+            f"{path}: {answers} answers with {sizes[0]} tokens, {sizes[1]} ratings and {sizes[2]} offsets; expected "
+            f"{answers}, {answers} ascending and {outputs}; fetch the adapter again"
+        )
+
+
+def _probes(values: Any, answers: int, path: Path) -> list[Probe]:
     try:
         return [
             Probe(
-                [(str(text), (0, 1).index(answer)) for text, answer in one["history"]],
+                [(str(text), range(answers).index(answer)) for text, answer in one["history"]],
                 str(one["candidate"]),
                 float(one["score"]),
             )
@@ -254,7 +290,7 @@ def _probes(values: Any, path: Path) -> list[Probe]:
         ) from None
 
 
-def read_prior(folder: str | Path, artifact: Artifact) -> Prior | None:
+def read_prior(folder: str | Path, artifact: Artifact) -> Prior | RatingPrior | None:
     """The prior beside `peftrec.json`, or None where the adapter has none.
 
     Raises:
@@ -268,7 +304,7 @@ def read_prior(folder: str | Path, artifact: Artifact) -> Prior | None:
             f"{path}: no such file, though {FILE} names it; fetch the adapter again, or load without prior"
         )
     try:
-        return Prior.from_json(_text(path))
+        return (RatingPrior if artifact.task == "rating" else Prior).from_json(_text(path))
     except (UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{path}: not JSON ({error}); fetch the adapter again") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -253,6 +254,44 @@ def read_history(history: Sequence[Any], like_at: float | None, answers: Sequenc
             )
         events.append((item, int(answer.value >= like_at)))
     return events
+
+
+def read_ratings(history: Sequence[Any], scale: Sequence[float], answers: Sequence[str]) -> list[tuple[Any, int]]:
+    """Each entry's item, still as it was given, and the place of its rating in `scale`.
+
+    An entry is text with a rating behind its last colon (`"Toy Story (1995):4"`), a pair (item, rating), or a dict with
+    `rating` beside what names the item. A rating is a number, or one of the prompt's own answers.
+
+    Raises:
+        DataError: an entry without rating, or with one that the adapter does not know.
+    """
+    if isinstance(history, (str, Mapping)):
+        raise DataError(f"history: {history!r}; expected a list of entries; put it in a list")
+    own = {answer.strip().casefold(): value for answer, value in zip(answers, scale, strict=True)}
+    events = []
+    for i, entry in enumerate(history):
+        item, given = _rated(entry, f"history[{i}]")
+        value = own.get(str(given).strip().casefold(), given)
+        try:
+            place = [math.isclose(float(value), one, abs_tol=1e-6) for one in scale].index(True)
+        except (TypeError, ValueError):
+            known = ", ".join(f"{one:g}" for one in scale)
+            raise DataError(f"history[{i}]: rating {given!r}; expected one of {known}") from None
+        events.append((item, place))
+    return events
+
+
+def _rated(entry: Any, where: str) -> tuple[Any, Any]:
+    if isinstance(entry, str):
+        item, _, text = entry.rpartition(":")
+        if item.strip() and text.strip():
+            return item.strip(), text
+    elif isinstance(entry, Mapping):
+        if entry.get("rating") is not None:
+            return entry, entry["rating"]
+    elif isinstance(entry, (tuple, list)) and len(entry) == 2 and not isinstance(entry[1], bool):
+        return entry[0], entry[1]
+    raise DataError(f"{where}: {entry!r}; expected 'title:rating', a pair (title, rating), or a dict with rating")
 
 
 @dataclass(frozen=True)

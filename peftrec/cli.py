@@ -111,7 +111,7 @@ def _validate(given: argparse.Namespace) -> None:
     recipe = config.load_recipe(given.config, given.overrides)
     from peftrec import interactions
 
-    interactions.check(recipe.data, config.placeholders(recipe.prompt.item))
+    interactions.check(recipe.data, config.placeholders(recipe.prompt.item), recipe.task)
     print(f"{given.config}: valid")
     for name, text in _summary(recipe):
         print(f"  {name:<8} {text}")
@@ -190,18 +190,24 @@ def _as_text(recommender: Recommender, history: list[str], best: list[Recommenda
         unknown = len(recommender.catalogue) and event.item.row is None
         note = "  (not in the items table: read as it is)" if unknown else ""
         print(f"{event.item.text}:{answers[event.label]}{note}")
-    print(f"{'rank':>4}  {'chance':>6}  {'score':>7}  title")
+    chances = recommender.artifact.task == "click"
+    print(f"{'rank':>4}  {'chance':>6}  {'score':>7}  title" if chances else f"{'rank':>4}  {'rating':>6}  title")
     for place, one in enumerate(best, 1):
-        print(f"{place:>4}  {one.probability:>6.3f}  {one.score:>+7.3f}  {one.title}")
+        figures = f"{one.score:>6.2f}" if one.probability is None else f"{one.probability:>6.3f}  {one.score:>+7.3f}"
+        print(f"{place:>4}  {figures}  {one.title}")
 
 
 def _as_json(recommender: Recommender, history: list[str], best: list[Recommendation]) -> None:
+    rates, scale = recommender.artifact.task == "rating", recommender.target.scale
     events = [
-        {"title": event.item.text, "item_id": event.item.item_id, "label": event.label}
+        {"title": event.item.text, "item_id": event.item.item_id}
+        | ({"rating": scale[event.label]} if rates else {"label": event.label})
         for event in recommender.events(history)
     ]
     ranked = [
-        {"title": one.title, "item_id": one.item_id, "score": one.score, "probability": one.probability} for one in best
+        {"title": one.title, "item_id": one.item_id, "score": one.score}
+        | ({} if one.probability is None else {"probability": one.probability})
+        for one in best
     ]
     print(json.dumps({"history": events, "recommended": ranked}, indent=2, ensure_ascii=False))
 
@@ -210,19 +216,11 @@ def _as_json(recommender: Recommender, history: list[str], best: list[Recommenda
 
 
 def _evaluate(given: argparse.Namespace) -> None:
-    import dataclasses
-    from pathlib import Path
-
     if given.bootstrap is not None and given.bootstrap < 0:
         raise ConfigError(f"--bootstrap: {given.bootstrap}; expected a whole number from 0")
-    from peftrec import config, record, report, schema
+    from peftrec import report
 
-    table = record.read_predictions(given.run)
-    path = Path(given.run) / "config.yaml"
-    recipe = config.parse_recipe(schema.read_yaml(path), str(path))
-    if given.bootstrap is not None:
-        recipe = dataclasses.replace(recipe, eval=dataclasses.replace(recipe.eval, bootstrap=given.bootstrap))
-    comparison = report.compare_predictions(table, recipe, given.split)
+    comparison = report.compare_run(given.run, given.split, given.bootstrap)
     print(json.dumps(_no_nan(comparison.facts()), indent=2) if given.json else comparison.table())
 
 

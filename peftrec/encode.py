@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import string
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from peftrec import config
-from peftrec.errors import DataError
+from peftrec.errors import DataError, ModelError
 from peftrec.interactions import drawn_order
 from peftrec.prompts import ANSWER_MARK, LINE_END, Codec, Pieces, item_texts
 from peftrec.split import Log
@@ -33,16 +35,28 @@ class Encoder:
         prompt: the recipe's section.
         tokenizer: the base model's.
         ties: `isolate` or `order`, see config.Eval.
+        task: `click` or `rating`.
+        shuffle: seed of a random order of each user's events in place of time, see config.Train.order.
 
     Raises:
-        DataError: the item template names a column that is not there.
+        DataError: the item template names a column that is not there, or answers do not go with the ratings.
         ModelError: answers that are not one token.
     """
 
-    def __init__(self, log: Log, prompt: config.Prompt, tokenizer: Any, ties: str) -> None:
-        self.log, self.prompt, self.ties = log, prompt, ties
+    def __init__(
+        self,
+        log: Log,
+        prompt: config.Prompt,
+        tokenizer: Any,
+        ties: str,
+        *,
+        task: Literal["click", "rating"] = "click",
+        shuffle: int | None = None,
+    ) -> None:
+        self.log, self.prompt, self.ties, self._shuffle = log, prompt, ties, shuffle
         # A template's prompt has no header, whose length would take room from the history.
-        self.codec = Codec(tokenizer, prompt.header if self.template is None else "", prompt.answers)
+        header = prompt.header if self.template is None else ""
+        self.codec = task_codec(tokenizer, task, log.scale, header, prompt.answers)
         self.texts = [] if log.prompts is not None else item_texts(log.items, prompt.item)
         self.max_item_tokens = max_item_tokens(prompt)
         if self.texts and self.template is not None:
@@ -51,13 +65,18 @@ class Encoder:
 
     def train(self, prior: np.ndarray | None) -> WindowDataset:
         """Every training event once, with the earlier training events of its user in sight."""
-        sight = training_sight(self.log, liked_only=self._liked, ordered_ties=self._ordered)
+        sight = training_sight(self.log, liked_only=self._liked, ordered_ties=self._ordered, shuffle=self._shuffle)
         return self._dataset(sight, prior, fill=False)
 
     def evaluate(self, rows: np.ndarray, history: str, prior: np.ndarray | None) -> WindowDataset:
         """The rows `rows` (indices into the log), each knowing what `history` (streaming or frozen) lets it know."""
         sight = evaluation_sight(
-            self.log, rows, streaming=history == "streaming", liked_only=self._liked, ordered_ties=self._ordered
+            self.log,
+            rows,
+            streaming=history == "streaming",
+            liked_only=self._liked,
+            ordered_ties=self._ordered,
+            shuffle=self._shuffle,
         )
         return self._dataset(sight, prior, fill=True)
 
@@ -146,8 +165,54 @@ class Encoder:
         return PromptWindows(np.asarray(rows), ids)
 
     def _line(self, row: int) -> str:
-        answer = self.prompt.answers[int(self.log.label[row])]
+        answer = self.codec.answer_texts[int(self.log.label[row])]
         return f"{self.texts[int(self.log.item[row])]}{ANSWER_MARK}{answer}{LINE_END}"
+
+
+def task_codec(
+    tokenizer: Any,
+    task: Literal["click", "rating"],
+    scale: Sequence[float],
+    header: str | None = None,
+    answers: Sequence[str] | None = None,
+) -> Codec:
+    """The prompt's parts under a tokenizer, with the task's own header and answers where none are given.
+
+    Ratings are answered by themselves where each is one token, behind a blank or not; where they are not (half stars),
+    by the letters from A on, and the header says what the letters at both ends mean.
+
+    Raises:
+        DataError: another number of answers than `scale` has values.
+        ModelError: an answer is not one token.
+    """
+    if answers is not None and len(answers) != len(scale):
+        shown = ", ".join(f"{value:g}" for value in scale)
+        raise DataError(
+            f"prompt.answers: {len(answers)} answers for {len(scale)} ratings ({shown}); give one for each, lowest first"
+        )
+    numbers = [f"{value:g}" for value in scale]
+    letters = list(string.ascii_uppercase[: len(scale)])
+    if answers is not None:
+        ways = [list(answers)]
+    elif task == "click":
+        ways = [[" no", " yes"]]
+    else:
+        ways = [[f" {number}" for number in numbers], numbers, [f" {letter}" for letter in letters], letters]
+    for way in ways[:-1]:
+        with contextlib.suppress(ModelError):
+            return Codec(tokenizer, default_header(task, numbers, way) if header is None else header, way)
+    return Codec(tokenizer, default_header(task, numbers, ways[-1]) if header is None else header, ways[-1])
+
+
+def default_header(task: str, numbers: Sequence[str], answers: Sequence[str]) -> str:
+    """The first line of a prompt: what the lines below it are."""
+    if task == "click":
+        return "What this person rated, oldest first, and whether they liked each:" + LINE_END
+    low, high = (
+        answer.strip() if answer.strip() == number else f"{answer.strip()} ({number})"
+        for number, answer in ((numbers[0], answers[0]), (numbers[-1], answers[-1]))
+    )
+    return f"What this person rated, from {low} to {high}:{LINE_END}"
 
 
 def templated_ids(codec: Codec, template: str, lines: Sequence[str], item: str, max_tokens: int) -> list[int]:

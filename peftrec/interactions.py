@@ -6,10 +6,12 @@ be right is an error; what can be mended by leaving rows out is, and `Interactio
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -23,6 +25,10 @@ NEEDS_TIME = ("temporal", "leave_last_out")
 """Kinds of split that cannot do without timestamps."""
 
 HASHED_ROWS = 1_000_000
+CLICK_SCALE = (0.0, 1.0)
+MOST_RATINGS = 26
+
+Task = Literal["click", "rating"]
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,17 @@ class Interactions:
     """Checked events, in the order of their source.
 
     Attributes:
-        events: `user` (Int32, row of `user_ids`), `item` (Int32, row of `items`; -1 for prompt records), `label` (Int8,
-            0 or 1), `timestamp` (Int64, seconds; the row number where the source has no times) and, where there are
-            such, `rating` (Float32), `split` (the split that the source itself gives), `instruction` and `input`.
+        events: `user` (Int32, row of `user_ids`), `item` (Int32, row of `items`; -1 for prompt records), `timestamp`
+            (Int64, seconds; the row number where the source has no times); for clicks `label` (Int8, 0 or 1) and, where
+            labels were made of such, `rating` (Float32), which ratings always have; where there are such, `split` (the
+            split that the source itself gives), `instruction` and `input`.
         user_ids: Original ids, sorted; each has an event.
         items: `item_id`, `title` and whatever else the items table holds; no rows for prompt records.
         name: The data set's name, or the source as the recipe has it.
         sha256: Hash of the values of events and items as they are used; a CSV and a Parquet of the same rows agree.
         warnings: What was left out or assumed, one counted line each.
+        scale: What the answers stand for, ascending: 0 and 1 for clicks, every rating that can be given for ratings.
+        like_at: Rating from which an event counts as liked; None where nobody said.
     """
 
     events: pl.DataFrame
@@ -46,24 +55,28 @@ class Interactions:
     name: str
     sha256: str
     warnings: tuple[str, ...]
+    scale: tuple[float, ...] = CLICK_SCALE
+    like_at: float | None = None
 
 
-def load(data: Data, seed: int) -> Interactions:
+def load(data: Data, seed: int, task: Task = "click") -> Interactions:
     """Read and check what `data` names.
 
     Args:
         data: The recipe's data section.
         seed: Draws the users that `sample_users` keeps.
+        task: Whether the events need labels or ratings.
 
     Raises:
         AssetError: If a named data set cannot be fetched.
         DataError: If the tables cannot be read or used; says where, what was found and what to do.
     """
     warnings: list[str] = []
+    data = _with_known(data)
     if data.records is not None:
-        name, events, items = _records(data)
+        name, events, items = _records(data, task)
     else:
-        name, events, items = _named(data, warnings) if data.name else _files(data, warnings)
+        name, events, items = _named(data, task, warnings) if data.name else _files(data, task, warnings)
         events, items = _join_items(events, items, name, warnings)
     events, user_ids = _code_users(events)
     if data.records is None:
@@ -72,12 +85,45 @@ def load(data: Data, seed: int) -> Interactions:
         events = events.with_row_index("timestamp").with_columns(pl.col("timestamp").cast(pl.Int64))
     if data.sample_users is not None:
         events, user_ids = _sample(events, user_ids, data.sample_users, seed, warnings)
-    _check_classes(events["label"], name, data)
+    if task == "rating":
+        scale = rating_scale(events["rating"], name, data.rating_range)
+    else:
+        scale = CLICK_SCALE
+        _check_classes(events["label"], name, data)
     fingerprint = _fingerprint(events, user_ids, items)
-    return Interactions(events, user_ids, items, name, fingerprint, tuple(warnings))
+    return Interactions(events, user_ids, items, name, fingerprint, tuple(warnings), scale, data.like_at)
 
 
-def check(data: Data, shown: Sequence[str] = ()) -> None:
+def rating_scale(ratings: pl.Series, where: str, limits: Sequence[float] | None) -> tuple[float, ...]:
+    """Every rating that can be given, ascending: those found and, where they lie on one grid, what lies between.
+
+    Args:
+        ratings: What was given.
+        where: The source, for errors.
+        limits: Lowest and highest of the scale, if they are known: the grid then spans them.
+
+    Raises:
+        DataError: If all ratings are one, or there are too many different ones to be answers.
+    """
+    found = ratings.unique().sort().cast(pl.Float64).to_numpy()
+    if len(found) == 1:
+        raise DataError(f"{where}: all {len(ratings)} ratings are {found[0]:g}; expected at least two different ones")
+    low, high = (found[0], found[-1]) if limits is None else limits
+    step = float(np.diff(found).min())
+    steps = round((high - low) / step)
+    grid = low + step * np.arange(steps + 1)
+    places = (found - low) / step
+    if steps < MOST_RATINGS and np.allclose(places, np.round(places)) and np.isclose(grid[-1], high):
+        found = grid
+    if len(found) > MOST_RATINGS:
+        raise DataError(
+            f"{where}: {len(found)} different ratings from {found[0]:g} to {found[-1]:g}; expected at most "
+            f"{MOST_RATINGS}, each of which is an answer of the model: round them, for example to halves"
+        )
+    return tuple(found.tolist())
+
+
+def check(data: Data, shown: Sequence[str] = (), task: Task = "click") -> None:
     """Check what can be checked without reading rows: names of data sets, files, and their columns.
 
     What lies on the Hub, or comes with a named data set, is not fetched.
@@ -85,6 +131,7 @@ def check(data: Data, shown: Sequence[str] = ()) -> None:
     Args:
         data: The recipe's data section.
         shown: Columns of the items table that the prompt shows.
+        task: Whether the events need labels or ratings.
 
     Raises:
         DataError: Every mistake, one line each.
@@ -92,7 +139,7 @@ def check(data: Data, shown: Sequence[str] = ()) -> None:
     problems = []
     if data.name is not None and data.name not in DATASETS:
         problems.append(_unknown_name(data.name))
-    for source, look in _looks(data, shown):
+    for source, look in _looks(data, shown, task):
         try:
             if not tables.on_hub(source):
                 look(source)
@@ -122,26 +169,33 @@ def sorted_order(key: np.ndarray, value: np.ndarray) -> np.ndarray:
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
-def _named(data: Data, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame]:
+def _named(data: Data, task: Task, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame]:
     dataset = DATASETS.get(data.name or "")
     if dataset is None:
         raise DataError(_unknown_name(data.name or ""))
     loaded = dataset.load()
-    like_at = dataset.like_at if data.like_at is None else data.like_at
-    scale = dataset.rating_range if data.rating_range is None else data.rating_range
     table = loaded.interactions.lazy()
-    raw = _select(table, dataset.name, {}, data, with_title=False, warnings=warnings)
-    return dataset.name, _parse(raw, dataset.name, like_at, scale), loaded.items
+    raw = _select(table, dataset.name, {}, data, task, with_title=False, warnings=warnings)
+    return dataset.name, _parse(raw, dataset.name, data.like_at, data.rating_range, task), loaded.items
+
+
+def _with_known(data: Data) -> Data:
+    """The section with what is known of a named data set where the recipe leaves it open."""
+    known = DATASETS.get(data.name or "")
+    if known is None:
+        return data
+    like_at = known.like_at if data.like_at is None else data.like_at
+    return dataclasses.replace(data, like_at=like_at, rating_range=data.rating_range or list(known.rating_range))
 
 
 def _unknown_name(name: str) -> str:
     return f"data.name: no data set '{name}'; expected one of {', '.join(sorted(DATASETS))}"
 
 
-def _looks(data: Data, shown: Sequence[str]) -> Iterator[tuple[str, Callable[[str], object]]]:
+def _looks(data: Data, shown: Sequence[str], task: Task) -> Iterator[tuple[str, Callable[[str], object]]]:
     """Each source with what looks at its columns."""
     if data.interactions:
-        yield data.interactions, lambda source: _first_event(source, data)
+        yield data.interactions, lambda source: _first_event(source, data, task)
     if data.items:
         yield data.items, lambda source: _check_items(source, data, shown)
     files = data.records.values() if isinstance(data.records, dict) else filter(None, [data.records])
@@ -149,10 +203,11 @@ def _looks(data: Data, shown: Sequence[str]) -> Iterator[tuple[str, Callable[[st
         yield file, lambda source: _record_names(source, data)
 
 
-def _first_event(where: str, data: Data) -> pl.DataFrame:
+def _first_event(where: str, data: Data, task: Task) -> pl.DataFrame:
     """The first row, read as all of them will be: whatever is wrong with the columns shows in it."""
-    raw = _select(tables.scan(where).head(1), where, data.columns, data, with_title=data.items is None, warnings=[])
-    return _parse(raw, where, data.like_at, None)
+    first = tables.scan(where).head(1)
+    raw = _select(first, where, data.columns, data, task, with_title=data.items is None, warnings=[])
+    return _parse(raw, where, data.like_at, None, task)
 
 
 def _check_items(source: str, data: Data, shown: Sequence[str]) -> None:
@@ -165,11 +220,11 @@ def _check_items(source: str, data: Data, shown: Sequence[str]) -> None:
             raise DataError(f"prompt.item: no column '{name}' in {source} ({found}); {todo}")
 
 
-def _files(data: Data, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame]:
+def _files(data: Data, task: Task, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame]:
     where = data.interactions or ""
     table = tables.scan(where, data.hub_revision)
-    raw = _select(table, where, data.columns, data, with_title=data.items is None, warnings=warnings)
-    events = _parse(raw, where, data.like_at, data.rating_range)
+    raw = _select(table, where, data.columns, data, task, with_title=data.items is None, warnings=warnings)
+    events = _parse(raw, where, data.like_at, data.rating_range, task)
     if data.items is None:
         items = events.select("item_id", raw["title"]).unique("item_id", keep="first", maintain_order=True)
         items = items.sort("item_id")
@@ -179,14 +234,26 @@ def _files(data: Data, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataF
 
 
 def _select(
-    table: pl.LazyFrame, where: str, columns: Mapping[str, str], data: Data, with_title: bool, warnings: list[str]
+    table: pl.LazyFrame,
+    where: str,
+    columns: Mapping[str, str],
+    data: Data,
+    task: Task,
+    with_title: bool,
+    warnings: list[str],
 ) -> pl.DataFrame:
     """The columns that are needed, under our names, as they are in the source."""
     found = tables.column_names(table, where)
     given = {ours: theirs for ours, theirs in columns.items() if ours != "title" or with_title}
     required = ["user_id", "item_id", *(["title"] if with_title and "title" in given else [])]
     names = tables.match_columns(found, where, given, required, ["label", "rating", "timestamp"])
-    if "label" in names:
+    if task == "rating":
+        names.pop("label", None)
+        if "rating" not in names:
+            hint = tables.nearest_column("rating", found) or "<column>"
+            todo = f"set data.columns.rating to a column, such as {hint}, or task: click"
+            raise DataError(f"{where}: no column 'rating' (found {', '.join(found)}); {todo}")
+    elif "label" in names:
         if names.pop("rating", None) is not None and data.like_at is not None:
             warnings.append(f"{where}: the label column is used; rating and data.like_at are not")
     elif "rating" not in names:
@@ -242,7 +309,11 @@ def _with_times(raw: pl.DataFrame, where: str, data: Data, warnings: list[str]) 
 
 
 def _parse(
-    raw: pl.DataFrame, where: str, like_at: float | None, scale: tuple[float, float] | list[float] | None
+    raw: pl.DataFrame,
+    where: str,
+    like_at: float | None,
+    limits: Sequence[float] | None,
+    task: Task,
 ) -> pl.DataFrame:
     """Ids, label and rating as what they are; every row is kept."""
     columns = [tables.parse_ids(raw[name], where, name).alias(name) for name in ("user_id", "item_id")]
@@ -250,16 +321,17 @@ def _parse(
         columns.append(tables.parse_labels(raw["label"], where).alias("label"))
     else:
         rating = tables.parse_numbers(raw["rating"], where, "rating")
-        if scale is not None:
-            low, high = scale
+        if limits is not None:
+            low, high = limits
             outside = ~rating.is_between(low, high)
             tables.refuse(where, "rating", raw["rating"], outside, f"{low:g} to {high:g} (data.rating_range)")
-        if like_at is None:
-            raise DataError(
-                f"{where}: ratings from {rating.min()!r} to {rating.max()!r} and no labels; expected to know what "
-                "counts as liked: set data.like_at to the lowest rating that does"
-            )
-        columns.append((rating >= like_at).cast(pl.Int8).alias("label"))
+        if task == "click":
+            if like_at is None:
+                raise DataError(
+                    f"{where}: ratings from {rating.min()!r} to {rating.max()!r} and no labels; expected to know what "
+                    "counts as liked: set data.like_at to the lowest rating that does, or task: rating"
+                )
+            columns.append((rating >= like_at).cast(pl.Int8).alias("label"))
         columns.append(rating.cast(pl.Float32).alias("rating"))
     if "timestamp" in raw.columns:
         columns.append(raw["timestamp"])
@@ -289,14 +361,14 @@ def _item_names(source: str, columns: Mapping[str, str]) -> tuple[pl.LazyFrame, 
     return table, names, kept
 
 
-def _records(data: Data) -> tuple[str, pl.DataFrame, pl.DataFrame]:
+def _records(data: Data, task: Task) -> tuple[str, pl.DataFrame, pl.DataFrame]:
     """Ready-made prompts: one event per row, no items; a row without user_id is a user of its own."""
     if isinstance(data.records, str):
-        sources, parts = [data.records], [_record_file(data.records, data)]
+        sources, parts = [data.records], [_record_file(data.records, data, task)]
     else:
         files = data.records or {}
         sources = list(files.values())
-        parts = [_record_file(files[split], data).with_columns(split=pl.lit(split)) for split in files]
+        parts = [_record_file(files[split], data, task).with_columns(split=pl.lit(split)) for split in files]
     shared = [name for name in parts[0].columns if all(name in part.columns for part in parts)]
     events = pl.concat([part.select(shared) for part in parts])
     if "user_id" not in shared:
@@ -316,11 +388,14 @@ def _record_names(source: str, data: Data) -> tuple[pl.LazyFrame, dict[str, str]
     return table, names
 
 
-def _record_file(source: str, data: Data) -> pl.DataFrame:
+def _record_file(source: str, data: Data, task: Task) -> pl.DataFrame:
     table, names = _record_names(source, data)
     raw = tables.collect(table.select(**{ours: pl.col(theirs) for ours, theirs in names.items()}), source)
     columns = [raw[name].cast(pl.String).fill_null("") for name in ("instruction", "input")]
-    columns.append(tables.parse_labels(raw["output"], source, "output").alias("label"))
+    if task == "rating":
+        columns.append(tables.parse_numbers(raw["output"], source, "output").cast(pl.Float32).alias("rating"))
+    else:
+        columns.append(tables.parse_labels(raw["output"], source, "output").alias("label"))
     if "user_id" in names:
         columns.append(tables.parse_ids(raw["user_id"], source, "user_id"))
     if "timestamp" in names:

@@ -116,6 +116,7 @@ class Codec:
         self.header: list[int] = bos + self._plain_ids(self.header_text)
         self._special = _special_tokens(tokenizer)
         self._mark = self._plain_ids("a" + ANSWER_MARK)[-1:]
+        self.answer_texts = list(answers)
         self.line_end: list[int] = self._after("a" + ANSWER_MARK + answers[0], [LINE_END])[0]
         self.answers: list[int] = [self._answer_id(answer) for answer in answers]
         if len(set(self.answers)) != len(self.answers):

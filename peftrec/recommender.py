@@ -18,15 +18,18 @@ import numpy.typing as npt
 
 from peftrec import adapters, artifact, backbone, config, scorer
 from peftrec.baselines import Prior
-from peftrec.catalogue import Catalogue, Item, read_history, read_items
+from peftrec.catalogue import Catalogue, Item, read_history, read_items, read_ratings
 from peftrec.datasets import DATASETS
 from peftrec.encode import record_ids, templated_ids
 from peftrec.errors import ConfigError, DataError, ModelError
 from peftrec.prompts import ANSWER_MARK, Codec, Pieces
+from peftrec.rating_baselines import RatingPrior
 from peftrec.schema import read_yaml
+from peftrec.target import Target
 from peftrec.timeline import PromptWindows, WindowDataset
 
 Floats = npt.NDArray[np.float64]
+Outputs = npt.NDArray[np.float32]  # of the head, (number of candidates, K)
 
 UNKNOWN = "\0"  # stands for an item without id: no table holds it, so the prior takes the mean
 
@@ -39,23 +42,20 @@ class Recommendation:
         item: the candidate as it was given; the items table's row as a dict where the whole table was ranked.
         item_id: its id, None where it is not in an items table and nobody gave one.
         title: the item as the model reads it.
-        score: log-odds that the person likes it.
+        score: log-odds that the person likes it, or the predicted rating.
+        probability: chance that the person likes it; None where ratings are predicted.
     """
 
     item: Any
     item_id: Any
     title: str
     score: float
-
-    @property
-    def probability(self) -> float:
-        """Chance that the person likes it."""
-        return float(_sigmoid(np.asarray(self.score)))
+    probability: float | None = None
 
 
 @dataclass(frozen=True)
 class Event:
-    """One entry of a history, as it was understood."""
+    """One entry of a history, as it was understood: the item and the index of its answer."""
 
     item: Item
     label: int
@@ -63,6 +63,9 @@ class Event:
 
 class Recommender:
     """Scores and ranks items for a person by that person's history.
+
+    A score is the log-odds that the person likes the item, or the rating that the person would give, as the adapter's
+    task has it.
 
     Most people want `from_pretrained`; the constructor takes parts that are already loaded.
 
@@ -85,10 +88,18 @@ class Recommender:
     """
 
     def __init__(
-        self, about: artifact.Artifact, model: Any, tokenizer: Any, *, items: Any = None, prior: Prior | None = None
+        self,
+        about: artifact.Artifact,
+        model: Any,
+        tokenizer: Any,
+        *,
+        items: Any = None,
+        prior: Prior | RatingPrior | None = None,
     ) -> None:
         self.artifact, self.model, self.prior = about, model, prior
         self.prompt = about.prompt
+        how = about.target
+        self.target = Target(about.task, how.head, how.loss, tuple(how.scale), tuple(how.offset), how.slope, how.centre)
         backbone.check_window(model, self.prompt.max_tokens)
         self.codec = Codec(tokenizer, self.prompt.header, self.prompt.answers)
         if self.codec.answers != self.prompt.answer_ids or (tokenizer.bos_token or None) != self.prompt.bos:
@@ -144,7 +155,7 @@ class Recommender:
         return cls(about, model, loaded.tokenizer, items=table, prior=saved_prior)
 
     def score(self, history: Sequence[Any], candidates: Sequence[Any]) -> Floats:
-        """Log-odds that the person likes each candidate, (number of candidates,).
+        """Log-odds that the person likes each candidate, or predicted ratings, (number of candidates,).
 
         A candidate's score depends neither on the other candidates nor on their order.
 
@@ -161,7 +172,13 @@ class Recommender:
         return self._score_items(self.events(history), self._find(candidates))
 
     def probability(self, history: Sequence[Any], candidates: Sequence[Any]) -> Floats:
-        """Chance that the person likes each candidate, (number of candidates,); otherwise as `score`."""
+        """Chance that the person likes each candidate, (number of candidates,); otherwise as `score`.
+
+        Raises:
+            DataError: the adapter predicts ratings.
+        """
+        if self.artifact.task == "rating":
+            raise DataError("probability: this adapter predicts ratings; use score")
         return _sigmoid(self.score(history, candidates))
 
     def rank(
@@ -195,15 +212,23 @@ class Recommender:
             found = [item for item in self._all_items(candidates) if item.key not in seen]
             scores = self._score_items(events, found)
         best = np.argsort(-scores, kind="stable")[:k]
-        return [Recommendation(found[i].given, found[i].item_id, found[i].text, float(scores[i])) for i in best]
+        chances = [None] * len(best) if self.artifact.task == "rating" else _sigmoid(scores[best]).tolist()
+        return [
+            Recommendation(found[i].given, found[i].item_id, found[i].text, float(scores[i]), chance)
+            for i, chance in zip(best, chances, strict=True)
+        ]
 
     def events(self, history: Sequence[Any]) -> list[Event]:
-        """The history as it is understood: which items were meant, and whether each was liked.
+        """The history as it is understood: which items were meant, and whether each was liked or how it was rated.
 
         Raises:
             DataError: an entry that cannot be read.
         """
-        entries = read_history(history, self.artifact.like_at, self.prompt.answers)
+        answers = self.prompt.answers
+        if self.artifact.task == "rating":
+            entries = read_ratings(history, self.target.scale, answers)
+        else:
+            entries = read_history(history, self.artifact.like_at, answers)
         found = [(self.catalogue.find(entry, f"history[{i}]"), label) for i, (entry, label) in enumerate(entries)]
         return [Event(item, label) for item, label in found]
 
@@ -222,25 +247,31 @@ class Recommender:
     # --- scoring ------------------------------------------------------------------------------------------------------
 
     def _score_items(self, events: Sequence[Event], candidates: Sequence[Item]) -> Floats:
-        shown = [event for event in events if self.prompt.history == "all" or event.label == 1]
+        shown = [event for event in events if self.prompt.history == "all" or self._liked(event)]
         if self.prompt.max_history is not None:
             shown = shown[max(0, len(shown) - self.prompt.max_history) :]
         if not candidates:
             return np.zeros(0)
         from_model = self._score_templated if self.prompt.template is not None else self._score_timeline
-        return from_model(shown, [item.text for item in candidates]) + self._prior_scores(events, candidates)
+        outputs = from_model(shown, [item.text for item in candidates])
+        return self.target.measure(outputs, self._prior_scores(events, candidates))[0]
 
-    def _prior_scores(self, events: Sequence[Event], candidates: Sequence[Item]) -> Floats:
+    def _liked(self, event: Event) -> bool:
+        value, like_at = self.target.scale[event.label], self.artifact.like_at
+        return event.label == 1 if self.artifact.task == "click" else like_at is not None and value >= like_at
+
+    def _prior_scores(self, events: Sequence[Event], candidates: Sequence[Item]) -> Floats | None:
         """The prior knows the whole history, also what the prompt leaves out."""
         if self.prior is None:
-            return np.zeros(len(candidates))
-        return self.prior.scores(
-            [_prior_id(event.item) for event in events],
-            [event.label for event in events],
-            [_prior_id(item) for item in candidates],
-        )
+            return None
+        met = [_prior_id(event.item) for event in events]
+        asked = [_prior_id(item) for item in candidates]
+        labels = [event.label for event in events]
+        if isinstance(self.prior, RatingPrior):
+            return self.prior.scores(met, [self.target.scale[label] for label in labels], asked)
+        return self.prior.scores(met, labels, asked)
 
-    def _score_timeline(self, shown: Sequence[Event], candidates: Sequence[str]) -> Floats:
+    def _score_timeline(self, shown: Sequence[Event], candidates: Sequence[str]) -> Outputs:
         """The history once, all candidates behind it."""
         asked = self._questions([event.item.text for event in shown])
         lines = [[*ids, *self.codec.tail(event.label)] for ids, event in zip(asked, shown, strict=True)]
@@ -249,10 +280,9 @@ class Recommender:
         kept = _newest([len(line) for line in lines], room)
         history = [*self.codec.header, *(token for line in lines[len(lines) - kept :] for token in line)]
         pieces = Pieces.of(self._questions(candidates))
-        scores = scorer.score_candidates(self.model, np.asarray(history, dtype=np.int64), pieces)
-        return scores.astype(np.float64)
+        return scorer.score_candidates(self.model, np.asarray(history, dtype=np.int64), pieces)
 
-    def _score_templated(self, shown: Sequence[Event], candidates: Sequence[str]) -> Floats:
+    def _score_templated(self, shown: Sequence[Event], candidates: Sequence[str]) -> Outputs:
         """One prompt for each candidate, with as many of the newest events as fit."""
         prompt, tail = self.prompt, len(self.codec.tail(0))
         past, asked = self._written([event.item.text for event in shown]), self._written(candidates)
@@ -276,14 +306,11 @@ class Recommender:
     def _questions(self, texts: Sequence[str]) -> list[list[int]]:
         return self.codec.questions(texts, self.prompt.max_item_tokens) if texts else []
 
-    def _score_prompts(self, prompts: Sequence[list[int]]) -> Floats:
-        if not prompts:
-            return np.zeros(0)
-        rows = np.arange(len(prompts))
-        windows = PromptWindows(rows, prompts)
+    def _score_prompts(self, prompts: Sequence[list[int]]) -> Outputs:
+        windows = PromptWindows(np.arange(len(prompts)), prompts)
         data = WindowDataset(windows, np.zeros(len(prompts), dtype=np.int8), None, self.prompt.max_tokens)
-        scores = scorer.score_rows(self.model, data, range(len(data)))
-        return np.array([scores[row] for row in rows.tolist()], dtype=np.float64)
+        rows, outputs = scorer.score_rows(self.model, data, range(len(data)))
+        return outputs[np.argsort(rows)]
 
     @property
     def _own_prompts(self) -> bool:
@@ -299,7 +326,10 @@ class Recommender:
                 raise DataError(f"candidates[{i}]: {record!r}; expected a dict with {', '.join(names)}")
         records = [{name: str(record[name]) for name in names} for record in candidates]
         template, most = self.prompt.template or "", self.prompt.max_tokens
-        return self._score_prompts([record_ids(self.codec, template, record, most) for record in records])
+        if not records:
+            return np.zeros(0)
+        outputs = self._score_prompts([record_ids(self.codec, template, record, most) for record in records])
+        return self.target.measure(outputs)[0]
 
 
 def _newest(lengths: Sequence[int], room: int) -> int:

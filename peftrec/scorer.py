@@ -19,6 +19,7 @@ from peftrec.timeline import WindowDataset, collate
 
 if TYPE_CHECKING:
     from peftrec.prompts import Pieces
+    from peftrec.target import Target
 
 
 class AnswerHead(nn.Module):
@@ -78,45 +79,40 @@ def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def log_odds(logits: torch.Tensor) -> torch.Tensor:
-    """Logits of (no, yes), (..., 2) -> log-odds of yes, (...)."""
-    return logits[..., 1] - logits[..., 0]
-
-
-def read_scores(model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores (N,) at the batch's N read positions, prior included, and their labels (N,)."""
-    read = batch["labels"] >= 0
-    logits = model(
+def read_outputs(model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The head's outputs (N, K) at the batch's N read positions."""
+    logits: torch.Tensor = model(
         input_ids=batch["input_ids"],
         attention_mask=sight_mask(batch, dtype),
         position_ids=batch["position_ids"],
         use_cache=False,
     ).logits
-    return log_odds(logits[read]) + batch["prior"][read], batch["labels"][read]
+    return logits[batch["labels"] >= 0]
 
 
 @torch.inference_mode()
-def score_rows(model: Any, data: WindowDataset, indices: Sequence[int], progress: Any = None) -> dict[int, float]:
-    """Score the packed rows `indices`: log row -> model's log-odds *without* the prior.
+def score_rows(
+    model: Any, data: WindowDataset, indices: Sequence[int], progress: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ask the packed rows `indices`: rows of the log (n,), int64, and the head's outputs for them (n, K), float32.
 
     Args:
-        model: base model or PEFT model with an `AnswerHead`.
+        model: base model or PEFT model with an answer head.
         data: packed rows.
         indices: which of them.
         progress: called with the number of events after each row.
     """
     was_training = model.training
     model.eval()
-    scores: dict[int, float] = {}
+    rows, outputs = [np.zeros(0, dtype=np.int64)], []
     for index in indices:
         batch = {key: value.to(model.device) for key, value in collate([data[index]]).items()}
-        score, _ = read_scores(model, {**batch, "prior": torch.zeros_like(batch["prior"])}, model.dtype)
-        rows = batch["row"][batch["labels"] >= 0]
-        scores.update(zip(rows.tolist(), score.float().tolist(), strict=True))
+        outputs.append(read_outputs(model, batch, model.dtype).float().cpu().numpy())
+        rows.append(batch["row"][batch["labels"] >= 0].cpu().numpy())
         if progress is not None:
-            progress(len(rows))
+            progress(len(rows[-1]))
     model.train(was_training)
-    return scores
+    return np.concatenate(rows), np.concatenate(outputs) if outputs else np.zeros((0, 1), dtype=np.float32)
 
 
 @torch.inference_mode()
@@ -131,7 +127,7 @@ def score_candidates(model: Any, history: np.ndarray, candidates: Pieces, *, chu
         chunk_tokens: candidate tokens in one forward.
 
     Returns:
-        Log-odds, (number of candidates,).
+        The head's outputs, (number of candidates, K).
     """
     from transformers import DynamicCache
 
@@ -146,7 +142,7 @@ def score_candidates(model: Any, history: np.ndarray, candidates: Pieces, *, chu
             past_key_values=cache,
             use_cache=True,
         )
-    scores = np.empty(len(candidates.lengths), dtype=np.float32)
+    outputs = []
     for first, last in _chunks(candidates.lengths, chunk_tokens):
         begin, end = int(candidates.start[first]), int(candidates.start[last])
         ids = torch.as_tensor(candidates.flat[begin:end].astype(np.int64), device=device)
@@ -164,8 +160,8 @@ def score_candidates(model: Any, history: np.ndarray, candidates: Pieces, *, chu
         ).logits
         cache.crop(begin - end)  # negative: so many tokens from the end
         ends = torch.as_tensor(candidates.start[first + 1 : last + 1] - begin - 1, device=device)
-        scores[first:last] = log_odds(logits[0, ends]).float().cpu().numpy()
-    return scores
+        outputs.append(logits[0, ends].float().cpu().numpy())
+    return np.concatenate(outputs) if outputs else np.zeros((0, 1), dtype=np.float32)
 
 
 def _chunks(lengths: np.ndarray, budget: int) -> list[tuple[int, int]]:
@@ -181,11 +177,14 @@ def _chunks(lengths: np.ndarray, budget: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def interaction_loss(model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype, items: Any) -> torch.Tensor:
-    """Binary cross-entropy over the batch's read positions, divided by `items`, the events of the whole optimizer step.
+def interaction_loss(
+    model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype, target: Target, items: Any
+) -> torch.Tensor:
+    """The target's loss over the batch's read positions, divided by `items`, the events of the whole optimizer step.
 
     Dividing by events and not by batches makes gradient accumulation and several processes equal one large batch.
     """
-    score, labels = read_scores(model, batch, dtype)
-    loss: torch.Tensor = F.binary_cross_entropy_with_logits(score, labels.float(), reduction="sum") / items
+    read = batch["labels"] >= 0
+    outputs = read_outputs(model, batch, dtype)
+    loss: torch.Tensor = target.losses(outputs, batch["prior"][read], batch["labels"][read]).sum() / items
     return loss

@@ -12,7 +12,7 @@ import polars as pl
 
 from peftrec import config
 from peftrec.errors import DataError
-from peftrec.interactions import Interactions, drawn_order, sorted_order
+from peftrec.interactions import CLICK_SCALE, Interactions, drawn_order, sorted_order
 
 SPLITS = ("train", "valid", "test")
 TRAIN, VALID, TEST = range(3)
@@ -37,12 +37,14 @@ class Log:
         user: Row of `user_ids` (n,), int32.
         item: Row of `items` (n,), int32; -1 for prompt records.
         timestamp: Seconds (n,), int64; row numbers where the source has no times.
-        label: 0 or 1 (n,), int8.
+        label: Index of the answer (n,), int8: 0 or 1 for clicks, the place in `scale` for ratings.
         rating: The rating behind the label (n,), float32, or None where the source gives labels.
         split: 0 train, 1 valid, 2 test (n,), int8; the names are `SPLITS`.
         user_ids: Original user ids (number of users,).
         items: The items table; `item_id` holds the original ids.
         prompts: `instruction` and `input` (n rows) for prompt records, else None.
+        scale: What each label stands for, ascending: 0 and 1 for clicks, the ratings that can be given for ratings.
+        liked_from: Lowest label that counts as liked; None where nobody said.
     """
 
     user: np.ndarray
@@ -54,9 +56,18 @@ class Log:
     user_ids: pl.Series
     items: pl.DataFrame
     prompts: pl.DataFrame | None = None
+    scale: tuple[float, ...] = CLICK_SCALE
+    liked_from: int | None = 1
 
     def __len__(self) -> int:
         return len(self.user)
+
+    @property
+    def liked(self) -> np.ndarray:
+        """Whether each event was liked, (n,), bool."""
+        assert self.liked_from is not None, "a recipe that needs to know has been refused by now"
+        liked: np.ndarray = self.label >= self.liked_from
+        return liked
 
 
 def split(interactions: Interactions, how: config.Split, seed: int) -> Log:
@@ -70,7 +81,15 @@ def split(interactions: Interactions, how: config.Split, seed: int) -> Log:
     """
     events = interactions.events
     order = sorted_order(events["user"].to_numpy(), events["timestamp"].to_numpy())
-    user, time, item, label = (events[name].to_numpy()[order] for name in ("user", "timestamp", "item", "label"))
+    user, time, item = (events[name].to_numpy()[order] for name in ("user", "timestamp", "item"))
+    rating = events["rating"].to_numpy()[order] if "rating" in events.columns else None
+    if "label" in events.columns:
+        label, liked_from = events["label"].to_numpy()[order], 1
+    else:
+        assert rating is not None
+        steps = np.asarray(interactions.scale) - 1e-6  # ratings are float32
+        label = (np.searchsorted(steps, rating, side="right") - 1).astype(np.int8)
+        liked_from = None if interactions.like_at is None else int(np.searchsorted(steps, interactions.like_at - 2e-6))
     kind: str = how.kind
     if "split" in events.columns:
         parts = by_name(events["split"])[order]
@@ -89,18 +108,20 @@ def split(interactions: Interactions, how: config.Split, seed: int) -> Log:
         parts = cold(user, how.valid, how.test, seed, "users")
     else:
         raise DataError(f"{interactions.name}: no split column was read; set data.split.column")
-    _check(parts, label, interactions.name, kind)
+    _check(parts, label, interactions.scale, interactions.name, kind)
     records = "instruction" in events.columns
     return Log(
         user=user,
         item=item,
         timestamp=time,
         label=label,
-        rating=events["rating"].to_numpy()[order] if "rating" in events.columns else None,
+        rating=rating,
         split=parts,
         user_ids=interactions.user_ids,
         items=interactions.items,
         prompts=events.select("instruction", "input")[order] if records else None,
+        scale=interactions.scale,
+        liked_from=liked_from,
     )
 
 
@@ -198,7 +219,7 @@ def by_name(column: pl.Series) -> np.ndarray:
     return parts.to_numpy()
 
 
-def _check(parts: np.ndarray, label: np.ndarray, where: str, kind: str) -> None:
+def _check(parts: np.ndarray, label: np.ndarray, scale: tuple[float, ...], where: str, kind: str) -> None:
     counts = np.bincount(parts, minlength=3)
     sizes = ", ".join(f"{name} {count}" for name, count in zip(SPLITS, counts, strict=True))
     for part, name in enumerate(SPLITS):
@@ -207,9 +228,11 @@ def _check(parts: np.ndarray, label: np.ndarray, where: str, kind: str) -> None:
             found = f"{name} is empty"
         # A valid set of one class still has a loss; without both classes there is nothing to learn or to report.
         elif part != VALID and len(classes := np.unique(label[parts == part])) == 1:
-            found = f"all {counts[part]} rows of {name} have label {classes[0]}"
+            what = "label" if scale == CLICK_SCALE else "rating"
+            found = f"all {counts[part]} rows of {name} have {what} {scale[classes[0]]:g}"
         if found:
-            raise DataError(f"{where}: {found} after a {kind} split ({sizes}); expected both labels: {_ADVICE[kind]}")
+            wanted = "both labels" if scale == CLICK_SCALE else "different ratings"
+            raise DataError(f"{where}: {found} after a {kind} split ({sizes}); expected {wanted}: {_ADVICE[kind]}")
 
 
 _ADVICE = {

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peftrec.errors import DataError
+from peftrec.interactions import drawn_order
 from peftrec.prompts import Codec, Pieces
 
 if TYPE_CHECKING:
@@ -52,38 +53,64 @@ class Sight:
         return Sight(self.row[mask], self.user[mask], self.time[mask], self.visible[mask], self.read[mask])
 
 
-def training_sight(log: Log, *, liked_only: bool = False, ordered_ties: bool = False) -> Sight:
-    """Every training event is read once and sees the user's earlier training events."""
+def training_sight(
+    log: Log, *, liked_only: bool = False, ordered_ties: bool = False, shuffle: int | None = None
+) -> Sight:
+    """Every training event is read once and sees the user's earlier training events.
+
+    Args:
+        log: the events.
+        liked_only: whether only liked events are seen.
+        ordered_ties: whether events of one timestamp see those before them in row order.
+        shuffle: seed of a random order of each user's events, which then takes the place of time; None keeps time.
+    """
     row = np.flatnonzero(log.split == 0)
-    visible = log.label[row] == 1 if liked_only else np.ones(len(row), dtype=bool)
-    return _sight(log, row, visible, np.ones(len(row), dtype=bool), ordered_ties)
+    return _sight(log, row, _visible(log, row, liked_only), np.ones(len(row), dtype=bool), ordered_ties, shuffle)
 
 
 def evaluation_sight(
-    log: Log, rows: np.ndarray, *, streaming: bool, liked_only: bool = False, ordered_ties: bool = False
+    log: Log,
+    rows: np.ndarray,
+    *,
+    streaming: bool,
+    liked_only: bool = False,
+    ordered_ties: bool = False,
+    shuffle: int | None = None,
 ) -> Sight:
     """The events `rows` (indices into the log) are read.
 
     Under `streaming` each sees every earlier event of its user, of whichever split; otherwise it sees all *training*
-    events of its user and stands after them as a candidate.
+    events of its user, in the order of time or of `shuffle`, and stands after them as a candidate.
     """
     read = np.zeros(len(log.user), dtype=bool)
     read[rows] = True
     if streaming:
         keep = np.arange(len(log.user)) <= _last_read(log.user, read)
         row = np.flatnonzero(keep)
-        visible = log.label[row] == 1 if liked_only else np.ones(len(row), dtype=bool)
-        return _sight(log, row, visible, read[row], ordered_ties)
+        return _sight(log, row, _visible(log, row, liked_only), read[row], ordered_ties)
     seen = (log.split == 0) & ~read
     row = np.flatnonzero((seen & np.isin(log.user, log.user[rows])) | read)
     row = row[np.lexsort((row, read[row], log.user[row]))]
-    visible = ~read[row] & ((log.label[row] == 1) if liked_only else True)
-    sight = _sight(log, row, visible, read[row], ordered_ties)
+    sight = _sight(log, row, ~read[row] & _visible(log, row, liked_only), read[row], ordered_ties, shuffle)
     return Sight(sight.row, sight.user, np.where(sight.read, NOW, sight.time), sight.visible, sight.read)
 
 
-def _sight(log: Log, row: np.ndarray, visible: np.ndarray, read: np.ndarray, ordered_ties: bool) -> Sight:
-    time = np.arange(len(row), dtype=np.int64) if ordered_ties else log.timestamp[row]
+def _visible(log: Log, row: np.ndarray, liked_only: bool) -> np.ndarray:
+    if not liked_only:
+        return np.ones(len(row), dtype=bool)
+    visible: np.ndarray = log.liked[row]
+    return visible
+
+
+def _sight(
+    log: Log, row: np.ndarray, visible: np.ndarray, read: np.ndarray, ordered_ties: bool, shuffle: int | None = None
+) -> Sight:
+    if shuffle is not None:
+        # Which users' events come first does not matter; read events stay behind those that they see.
+        drawn = drawn_order(len(row), shuffle, "order of events")
+        order = np.lexsort((drawn, read & ~visible, log.user[row]))
+        row, visible, read = row[order], visible[order], read[order]
+    time = np.arange(len(row), dtype=np.int64) if ordered_ties or shuffle is not None else log.timestamp[row]
     sight = Sight(row, log.user[row], time, visible, read)
     return sight.keep(sight.visible | sight.read)
 

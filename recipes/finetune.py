@@ -1,4 +1,4 @@
-"""Fine-tune a language model into a click predictor, measure it beside its baselines, and leave a run folder.
+"""Fine-tune a language model into a click or rating predictor, measure it beside its baselines, and leave a run folder.
 
     accelerate launch recipes/finetune.py --config recipes/configs/ml-100k/click_lora.yaml
     accelerate launch recipes/finetune.py --config … --train.learning_rate 1e-4 --output_dir runs/mine
@@ -32,6 +32,7 @@ from peftrec import (
     figures,
     interactions,
     metrics,
+    opponents,
     record,
     report,
     scorer,
@@ -40,6 +41,7 @@ from peftrec import (
 )
 from peftrec.errors import ConfigError, DataError, as_one_line
 from peftrec.recommender import Recommender
+from peftrec.target import Target, fit_target
 
 PROBES = 8  # questions whose scores are saved with the adapter
 MOST_CANDIDATES = {"timeline": 2000, "pointwise": 50}  # ranked at the end for one person; a prompt each is slow
@@ -63,7 +65,7 @@ def main() -> None:
     state.wait_for_everyone()  # nobody writes there before everybody has looked
 
     # Data: tables -> one log of events, each in one split.
-    data = interactions.load(recipe.data, recipe.seed)
+    data = interactions.load(recipe.data, recipe.seed, recipe.task)
     log = split.split(data, recipe.data.split, recipe.seed)
     for warning in data.warnings:
         say(f"warning: {warning}")
@@ -73,32 +75,44 @@ def main() -> None:
     )
 
     # What counting alone predicts: the opponents, and the prior if the recipe wants one.
-    known = baselines.predict(log, recipe.eval.history, recipe.eval.ties)
-    prior = known.scores["bias"].astype(np.float32) if recipe.score.prior == "bias" else None
+    known = opponents.measure(log, recipe)
 
     # Text and model.
     loaded = backbone.load(recipe.model)
     backbone.check_window(loaded.model, recipe.prompt.max_tokens)
-    encoder = encode.Encoder(log, recipe.prompt, loaded.tokenizer, recipe.eval.ties)
+    encoder = encode.Encoder(
+        log,
+        recipe.prompt,
+        loaded.tokenizer,
+        recipe.eval.ties,
+        task=recipe.task,
+        shuffle=recipe.seed if recipe.train.order == "random" else None,
+    )
     model = scorer.answer_only(loaded.model, encoder.codec.answers)
     say(f"model: {loaded.base.name}, {loaded.base.parameters / 1e6:.0f} M parameters, on {model.device}")
+    learned = log.split == split.TRAIN
+    how = recipe.score
+    target = fit_target(
+        recipe.task,
+        how.head,
+        how.loss,
+        log.scale,
+        log.label[learned],
+        None if known.prior is None else known.prior[learned],
+    )
 
     # Train.
     drawn = interactions.drawn_order(len(log.user_ids), recipe.seed, "evaluated users")
-    valid_rows = encode.whole_users(
-        np.flatnonzero(log.split == split.VALID), log.user, recipe.eval.max_valid_rows, drawn
+    valid_rows, test_rows = (
+        encode.whole_users(np.flatnonzero(log.split == code), log.user, most, drawn)
+        for code, most in ((split.VALID, recipe.eval.max_valid_rows), (split.TEST, recipe.eval.max_test_rows))
     )
-    test_rows = encode.whole_users(np.flatnonzero(log.split == split.TEST), log.user, recipe.eval.max_test_rows, drawn)
-
-    def to_metrics(rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-        measured = metrics.click_metrics(log.label[rows], scores, log.user[rows])
-        return {"loss": measured["log_loss"], "auc": measured["auc"], "uauc": measured["uauc"]}
-
+    measure = _validation(log, known.prior, target)
     choice = recipe.train.metric_for_best_model
-    if not np.isfinite(to_metrics(valid_rows, np.zeros(len(valid_rows)))[choice]):
+    if not np.isfinite(measure(valid_rows, np.zeros((len(valid_rows), target.outputs), dtype=np.float32))[choice]):
         raise DataError(
-            f"train.metric_for_best_model: {choice} is not defined on the validation rows, since nobody there has both "
-            "answers; choose loss, or a larger data.split.valid"
+            f"train.metric_for_best_model: {choice} is not defined on the validation rows, since nobody there has two "
+            "different answers; choose loss, or a larger data.split.valid"
         )
     fitted: train.Fitted | None = None
     trains = recipe.adapter.method != "none"
@@ -108,7 +122,7 @@ def main() -> None:
     if state.is_main_process:
         _prepare(folder, recipe, resume=arguments.resume)
     if trains:
-        data_train = encoder.train(prior)
+        data_train = encoder.train(known.prior)
         say(
             f"train: {adapters.trainable_parameters(model) / 1e6:.2f} M parameters on {data_train.events:,} events, "
             f"{data_train.tokens:,} tokens in {len(data_train):,} rows an epoch"
@@ -116,8 +130,9 @@ def main() -> None:
         fitted = train.fit(
             model,
             data_train,
-            encoder.evaluate(valid_rows, recipe.eval.history, prior),
-            to_metrics,
+            encoder.evaluate(valid_rows, recipe.eval.history, known.prior),
+            target,
+            measure,
             train=recipe.train,
             folder=folder / "checkpoints",
             seed=recipe.seed,
@@ -126,36 +141,44 @@ def main() -> None:
 
     # Score the rows that are reported, with the adapter and without it.
     begin = time.perf_counter()
-    reported = encoder.evaluate(np.concatenate((valid_rows, test_rows)), recipe.eval.history, prior)
-    rows, scores = train.score(model, reported, description="score", processes=state)
+    reported = encoder.evaluate(np.concatenate((valid_rows, test_rows)), recipe.eval.history, known.prior)
+    rows, outputs = train.score(model, reported, description="score", processes=state)
     score_seconds = time.perf_counter() - begin
-    base_scores = None
+    base_outputs = None
     if fitted is not None and recipe.eval.base_model:
         with model.disable_adapter():
-            _, base_scores = train.score(model, reported, description="score, base model", processes=state)
+            _, base_outputs = train.score(model, reported, description="score, base model", processes=state)
     if not state.is_main_process:
         return
 
     # Everything below is written by one process: predictions, tables, figures, adapter.
+    prior = None if known.prior is None else known.prior[rows]
+    score, answer = target.measure(outputs, prior)
     table = record.predictions(
         log,
         rows,
-        model_score=scores,
-        prior=None if prior is None else prior[rows],
-        base_score=base_scores,
-        baselines={name: known.scores[name][rows] for name in _wanted(recipe, known)},
+        task=recipe.task,
+        score=score,
+        answer=answer if recipe.task == "rating" else None,
+        score_no_prior=None if prior is None else target.measure(outputs)[0],
+        prior=prior,
+        base_score=None if base_outputs is None else target.measure(base_outputs)[0],
+        baselines={name: scores[rows] for name, scores in known.scores.items()},
     )
     record.write_predictions(folder, table)
-    comparison = report.compare_predictions(table, recipe)
+    comparison = report.compare_predictions(table, recipe, scale=log.scale)
     tested = table.filter(table["split"] == "test")
     figures.draw(
         folder / "figures",
+        task=recipe.task,
         train_log=fitted.log if fitted else [],
         best_step=fitted.best_step if fitted else None,
-        label=tested["label"].to_numpy(),
+        truth=tested[record.TRUTH[recipe.task]].to_numpy(),
         scores=record.scorers(tested, trained=fitted is not None),
         intervals=comparison.intervals,
         rows={name: size.rows for name, size in comparison.sizes.items()},
+        scale=log.scale,
+        loss=recipe.score.loss,
         ranking_only=baselines.RANKING_ONLY,
     )
     about: artifact.Artifact | None = None
@@ -165,15 +188,15 @@ def main() -> None:
             recipe,
             encoder.codec,
             loaded.base,
+            target,
             data_name=data.name,
             data_sha256=data.sha256,
-            rated=log.rating is not None,
+            like_at=None if log.rating is None else data.like_at,
             max_item_tokens=encoder.max_item_tokens,
             example=encoder.example(),
             template=encoder.template,
         )
-        saved_prior = baselines.fit_prior(log, known.shrinkage) if prior is not None else None
-        _save(folder / "adapter", model, loaded.tokenizer, about, saved_prior)
+        _save(folder / "adapter", model, loaded.tokenizer, about, known.saved_prior)
         facts |= {
             "config": dataclasses.asdict(recipe.adapter),
             "trainable_parameters": adapters.trainable_parameters(model),
@@ -184,7 +207,7 @@ def main() -> None:
         record.RunRecord(
             **comparison.facts(),
             warnings=[*data.warnings, *comparison.warnings],
-            data=record.data_facts(data, log),
+            data=record.data_facts(data, log, recipe.task),
             prompt={**dataclasses.asdict(recipe.prompt), "max_item_tokens": encoder.max_item_tokens},
             model=dataclasses.asdict(loaded.base),
             adapter=facts,
@@ -193,7 +216,7 @@ def main() -> None:
                 **dataclasses.asdict(recipe.eval),
                 "rows": len(rows),
                 "seconds": score_seconds,
-                "shrinkage": dataclasses.asdict(known.shrinkage),
+                "settings": known.settings,
             },
             hardware=record.hardware(backbone.accelerators()),
             seed=recipe.seed,
@@ -205,9 +228,26 @@ def main() -> None:
     # The run is safe; now the adapter is loaded as a user would load it, and asked.
     if about is not None and log.prompts is None:
         del model, loaded
-        _probe(folder / "adapter", about, saved_prior, encoder, log, recipe)
+        _probe(folder / "adapter", about, known, encoder, log, recipe)
         _recommend(folder / "adapter", log, recipe)
     print(f"\neverything is in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+def _validation(log: split.Log, prior: np.ndarray | None, target: Target) -> train.ToMetrics:
+    """What is measured at each validation pass: the metrics among which the recipe chooses the best checkpoint."""
+
+    def measure(rows: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
+        known = None if prior is None else prior[rows]
+        score, answer = target.measure(outputs, known)
+        if target.task == "click":
+            found = metrics.click_metrics(log.label[rows], score, log.user[rows])
+            return {"loss": found["log_loss"], "auc": found["auc"], "uauc": found["uauc"]}
+        assert log.rating is not None
+        found = metrics.rating_metrics(log.rating[rows], score, log.user[rows], log.scale, answer)
+        loss = target.mean_loss(outputs, known, log.label[rows])
+        return {"loss": loss, "rmse": found["rmse"], "mae": found["mae"], "uauc": found["uauc"]}
+
+    return measure
 
 
 def _may_begin(folder: Path, recipe: config.Recipe, *, resume: bool, overwrite: bool) -> bool:
@@ -247,11 +287,7 @@ def _prepare(folder: Path, recipe: config.Recipe, *, resume: bool) -> None:
         scratch.write_text(config.dump_recipe(recipe))
 
 
-def _wanted(recipe: config.Recipe, known: baselines.Predictions) -> list[str]:
-    return [name for name in (*recipe.eval.baselines, "global_mean") if name in known.scores]
-
-
-def _save(folder: Path, model: Any, tokenizer: Any, about: artifact.Artifact, prior: baselines.Prior | None) -> None:
+def _save(folder: Path, model: Any, tokenizer: Any, about: artifact.Artifact, prior: Any) -> None:
     """Write the adapter folder whole or not at all."""
     scratch = folder.with_name(f".{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -266,7 +302,7 @@ def _save(folder: Path, model: Any, tokenizer: Any, about: artifact.Artifact, pr
 def _probe(
     folder: Path,
     about: artifact.Artifact,
-    prior: baselines.Prior | None,
+    known: opponents.Opponents,
     encoder: encode.Encoder,
     log: split.Log,
     recipe: config.Recipe,
@@ -277,9 +313,10 @@ def _probe(
     )
     probes = []
     for history, candidate in encoder.questions_of(PROBES, recipe.seed):
-        (score,) = recommender.score([(text, answer) for text, answer in history], [candidate])
+        told = [(text, encoder.codec.answer_texts[answer]) for text, answer in history]
+        (score,) = recommender.score(told, [candidate])
         probes.append(artifact.Probe(history, candidate, float(score)))
-    artifact.write(folder, dataclasses.replace(about, probes=probes), prior)
+    artifact.write(folder, dataclasses.replace(about, probes=probes), known.saved_prior)
 
 
 def _recommend(folder: Path, log: split.Log, recipe: config.Recipe) -> None:
@@ -295,15 +332,19 @@ def _recommend(folder: Path, log: split.Log, recipe: config.Recipe) -> None:
     popular = np.argsort(-np.bincount(log.item[log.split == split.TRAIN], minlength=len(ids)), kind="stable")
     candidates = [ids[code] for code in popular[: MOST_CANDIDATES[recipe.prompt.layout]].tolist()]
     k = recipe.eval.recommend_k
-    best = recommender.rank([(ids[log.item[row]], int(log.label[row])) for row in known], candidates, k=k)
-    told = {ids[log.item[row]]: "liked" if log.label[row] else "disliked" for row in later}
+    words = ["disliked", "liked"] if recipe.task == "click" else [f"{rating:g}" for rating in log.scale]
+    best = recommender.rank([(ids[log.item[row]], log.scale[log.label[row]]) for row in known], candidates, k=k)
+    told = {ids[log.item[row]]: words[log.label[row]] for row in later}
     titles = encode.item_texts(log.items, recipe.prompt.item)
-    before = [titles[log.item[row]] for row in known if log.label[row] == 1][: -k - 1 : -1]
+    highest = len(log.scale) - 1
+    before = [titles[log.item[row]] for row in known if log.label[row] == highest][: -k - 1 : -1]
     whom = "nobody trained on" if new.any() else "seen in training"
     print(f"\nperson {log.user_ids[person]} ({whom}): {len(known)} events known, {len(later)} later ones kept back")
-    print(f"  {'liked before, latest first':<40}  {'best of ' + str(len(candidates)):<40}  chance  later")
+    likes, figure = (f"rated {words[-1]}", "rating") if recipe.task == "rating" else ("liked", "chance")
+    print(f"  {likes + ' before, latest first':<40}  {'best of ' + str(len(candidates)):<40}  {figure}  later")
     for old, one in zip_longest(before, best):
-        right = f"{one.title[:40]:<40}  {one.probability:6.2f}  {told.get(one.item_id, '-')}" if one else ""
+        shown = 0.0 if one is None else one.score if one.probability is None else one.probability
+        right = f"{one.title[:40]:<40}  {shown:6.2f}  {told.get(one.item_id, '-')}" if one else ""
         print(f"  {(old or '')[:40]:<40}  {right}".rstrip())
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from peftrec import artifact, config
-from peftrec.artifact import Artifact, Base, Probe, PromptFormat, Source
+from peftrec.artifact import Artifact, Base, Probe, PromptFormat, Scoring, Source
 from peftrec.baselines import Prior
 from peftrec.errors import ModelError
+from peftrec.target import Target
 
 PROMPT = PromptFormat(
     layout="timeline",
@@ -72,23 +73,18 @@ def test_described_run_names_no_path_of_this_machine(codec: Any, tmp_path: Path)
         recipe,
         codec,
         facts,
+        Target("rating", scale=(1.0, 2.0), offset=(0.0, 0.5), slope=2.0, centre=1.5),
         data_name=str(table),
         data_sha256="0",
-        rated=True,
+        like_at=3,
         max_item_tokens=128,
         example=([("Heat", 1)], "Babe"),
     )
     artifact.write(tmp_path, about, None)
     assert str(tmp_path) not in (tmp_path / "peftrec.json").read_text()
     assert (about.data.name, about.base_model.hub_id, about.like_at) == ("events.csv", "my-model", 3)
+    assert about.target == Scoring("tokens", "cross_entropy", [1.0, 2.0], [0.0, 0.5], 2.0, 1.5)
     assert about.prompt.example == f"<s>{codec.header_text}Heat: yes\nBabe:"
-
-
-def test_like_at_of_a_named_data_set(codec: Any) -> None:
-    recipe = config.parse_recipe({"data": {"name": "ml-100k"}, "output_dir": "runs/x"}, "r")
-    facts: dict[str, Any] = {"data_name": "ml-100k", "data_sha256": "0", "max_item_tokens": 9, "example": ([], "Heat")}
-    assert artifact.describe(recipe, codec, ABOUT.base_model, rated=True, **facts).like_at == 4
-    assert artifact.describe(recipe, codec, ABOUT.base_model, rated=False, **facts).like_at is None
 
 
 def changed(*path: str, to: Any) -> Callable[[dict[str, Any]], None]:
@@ -104,10 +100,13 @@ def changed(*path: str, to: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "message"),
     [
         (changed("format", to=2), r"format 2; this version reads format 1; upgrade peftrec"),
-        (changed("task", to="rating"), r"task: .*expected click"),
+        (changed("task", to="ratings"), r"task: .*expected one of click, rating"),
+        (changed("target", "scale", to=[1.0, 0.0]), r"2 answers with 2 tokens, 2 ratings and 2 offsets; expected 2, 2 ascending"),
+        (changed("target", "offset", to=[0.0]), r"1 offsets; expected 2"),
+        (changed("target", "slope", to=float("inf")), r"not JSON .*no number"),
         (changed("prompt", "item", to="{title.__class__}"), r"prompt.item: .*expected a template with plain"),
         (changed("prompt", "template", to="{0.x}"), r"prompt.template: .*expected a template"),
-        (changed("prompt", "answer_ids", to=[5]), r"prompt.answer_ids: .*two different values"),
+        (changed("prompt", "answer_ids", to=[5]), r"prompt.answer_ids: .*two or more different values"),
         (changed("prompt", "max_tokens", to=10**9), r"prompt.max_tokens: .*up to 1,000,000"),
         (changed("prior", to="../secret.json"), r"prior: .*expected prior.json"),
         (changed("base_model", to="tiny"), r"base_model: .*expected a mapping.*and 5 more"),

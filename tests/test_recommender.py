@@ -24,6 +24,7 @@ from peftrec.catalogue import Catalogue, read_history, read_items
 from peftrec.errors import DataError, ModelError
 from peftrec.prompts import Codec
 from peftrec.recommender import Recommender
+from peftrec.target import Target
 
 HEADER = "What this person rated, oldest first, and whether they liked each:\n"
 FILMS = pl.DataFrame(
@@ -64,9 +65,10 @@ def save_adapter(base: Path, folder: Path, *, seed: int = 3, strength: float = 0
         recipe,
         codec,
         loaded.base,
+        Target(),
         data_name="films",
         data_sha256="0",
-        rated=True,
+        like_at=4,
         max_item_tokens=32,
         example=([("Heat (1995)", 1)], "Sabrina (1954)"),
     )
@@ -277,7 +279,8 @@ def test_a_template_reads_in_service_as_in_training(
     encoder = encode.Encoder(log, prompt, recommender.codec.tokenizer, "order")
     rows = np.flatnonzero(log.split == 2)
     data = encoder.evaluate(rows, "streaming", None)
-    expected = scorer.score_rows(recommender.model, data, range(len(data)))
+    asked, outputs = scorer.score_rows(recommender.model, data, range(len(data)))
+    expected = dict(zip(asked.tolist(), outputs[:, 1] - outputs[:, 0], strict=True))
     about = dataclasses.replace(
         recommender.artifact.prompt,
         layout="pointwise",

@@ -17,6 +17,7 @@ from peftrec import scorer
 from peftrec.errors import ModelError
 from peftrec.prompts import Pieces
 from peftrec.split import Log
+from peftrec.target import Target
 from peftrec.timeline import (
     Sight,
     TimelineWindows,
@@ -43,8 +44,13 @@ def dataset(log: Log, codec: Any, questions: Any, sight: Sight, tokens: int = 15
     return WindowDataset(windows, log.label, None, tokens)
 
 
+def log_odds(outputs: Any) -> Any:
+    return outputs[..., 1] - outputs[..., 0]
+
+
 def scores_of(model: Any, data: WindowDataset) -> dict[int, float]:
-    return scorer.score_rows(model, data, range(len(data)))
+    rows, outputs = scorer.score_rows(model, data, range(len(data)))
+    return dict(zip(rows.tolist(), log_odds(outputs).tolist(), strict=True))
 
 
 def same(found: dict[int, float], expected: dict[int, float]) -> None:
@@ -88,13 +94,6 @@ class TestAnswerHead:
 
         with pytest.raises(ModelError, match="no output matrix"):
             scorer.answer_only(AutoModel.from_pretrained(tiny_llama_folder), [1, 2])
-
-
-def test_log_odds() -> None:
-    logits = torch.tensor([[1.0, 3.0], [0.5, -0.5]])
-    torch.testing.assert_close(scorer.log_odds(logits), torch.tensor([2.0, -1.0]))
-    probability = torch.softmax(logits, -1)[:, 1]
-    torch.testing.assert_close(torch.sigmoid(scorer.log_odds(logits)), probability)
 
 
 def test_sight_mask_by_hand() -> None:
@@ -188,7 +187,7 @@ def test_batched_rows_equal_rows_alone(
     data.rows = [[index] for index in range(len(data.windows))]
     batch = collate([data[index] for index in range(len(data))])
     with torch.inference_mode():
-        scores, _ = scorer.read_scores(tiny_model, batch, torch.float32)
+        scores = log_odds(scorer.read_outputs(tiny_model, batch, torch.float32))
     rows = batch["row"][batch["labels"] >= 0].tolist()
     assert len({len(data[index]["row"]) for index in range(len(data))}) > 1  # so that there is padding
     same(dict(zip(rows, scores.tolist(), strict=True)), scores_of(tiny_model, data))
@@ -206,7 +205,7 @@ def test_padding_is_finite_in_bfloat16(
     data.rows = [[index] for index in range(len(data.windows))]
     model = load_tiny(tiny_llama_folder, dtype="bfloat16")
     with torch.inference_mode():
-        scores, _ = scorer.read_scores(model, collate([data[i] for i in range(len(data))]), torch.bfloat16)
+        scores = log_odds(scorer.read_outputs(model, collate([data[i] for i in range(len(data))]), torch.bfloat16))
     assert torch.isfinite(scores).all()
 
 
@@ -319,7 +318,7 @@ class TestScoreCandidates:
     ) -> None:
         model = load_tiny(request.getfixturevalue(folder))
         history, candidates = self.parts(log, codec, questions)
-        found = scorer.score_candidates(model, history, candidates, chunk_tokens=chunk_tokens)
+        found = log_odds(scorer.score_candidates(model, history, candidates, chunk_tokens=chunk_tokens))
         expected = scores_of(model, dataset(log, codec, questions, sight_of(log, "frozen")))
         np.testing.assert_allclose(found, [expected[row] for row in (3, 4, 5, 6)], **CLOSE)
 
@@ -334,7 +333,7 @@ class TestScoreCandidates:
         _, candidates = self.parts(log, codec, questions)
         cold = scorer.score_candidates(tiny_model, np.asarray(codec.header), candidates)
         assert np.isfinite(cold).all()
-        assert scorer.score_candidates(tiny_model, np.asarray(codec.header), Pieces.of([])).shape == (0,)
+        assert len(scorer.score_candidates(tiny_model, np.asarray(codec.header), Pieces.of([]))) == 0
 
 
 class TestLoss:
@@ -346,6 +345,6 @@ class TestLoss:
         total = [scores[row] + data.prior[row] for row in range(3)]
         expected = sum(np.log1p(np.exp(-s if y else s)) for s, y in zip(total, log.label, strict=True)) / 6
         with torch.inference_mode():
-            loss = scorer.interaction_loss(tiny_model, collate([data[0]]), torch.float32, 6)
+            loss = scorer.interaction_loss(tiny_model, collate([data[0]]), torch.float32, Target(), 6)
         assert len(data) == 1
         np.testing.assert_allclose(float(loss), expected, rtol=1e-4)

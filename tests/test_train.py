@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from peftrec import adapters, config, scorer
 from peftrec import train as training
 from peftrec.split import Log
+from peftrec.target import Target
 from peftrec.timeline import TimelineWindows, WindowDataset, collate, evaluation_sight, training_sight
 
 TRAIN = config.Train(
@@ -39,11 +40,10 @@ def changed(**options: Any) -> config.Train:
     return dataclasses.replace(TRAIN, **options)
 
 
-def mean_loss(log: Log) -> training.ScoresToMetrics:
-    def to_metrics(rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+def mean_loss(log: Log) -> training.ToMetrics:
+    def to_metrics(rows: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
         assert len(set(rows.tolist())) == len(rows) == (log.split == 1).sum()
-        signed = np.where(log.label[rows] == 1, -scores, scores)
-        return {"loss": float(np.logaddexp(0, signed).mean())}
+        return {"loss": Target().mean_loss(outputs, None, log.label[rows])}
 
     return to_metrics
 
@@ -54,7 +54,7 @@ class Scripted:
     def __init__(self, *losses: float | Exception) -> None:
         self.losses, self.passes = losses, 0
 
-    def __call__(self, rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    def __call__(self, rows: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
         loss = self.losses[self.passes]
         self.passes += 1
         if isinstance(loss, Exception):
@@ -99,6 +99,7 @@ def fit(
             model,
             data or train_data(log, codec, questions),
             valid_data(log, codec, questions),
+            Target(),
             to_metrics or mean_loss(log),
             train=train,
             folder=folder,
@@ -310,7 +311,8 @@ class TestAccumulation:
         adapter = config.Adapter(r=4)
         model = adapters.attach(load_tiny(tiny_llama_folder), adapter, base_name="tiny", seed=3)
         batch_of_all = collate([data[i] for i in range(4)])
-        scorer.interaction_loss(model, batch_of_all, torch.float32, int((batch_of_all["labels"] >= 0).sum())).backward()
+        events = int((batch_of_all["labels"] >= 0).sum())
+        scorer.interaction_loss(model, batch_of_all, torch.float32, Target(), events).backward()
         expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         for gradients in found:
             assert gradients.keys() == expected.keys()
@@ -343,6 +345,7 @@ sys.path.insert(0, sys.argv[1])
 import numpy as np
 import conftest, test_train
 from peftrec import adapters, backbone, config, prompts, scorer, train
+from peftrec.target import Target
 from accelerate import PartialState
 base, folder = sys.argv[2:]
 loaded = backbone.load(config.Model(name=base, dtype="float32"))
@@ -353,7 +356,7 @@ model = scorer.answer_only(loaded.model, codec.answers)
 model = adapters.attach(model, config.Adapter(r=4), base_name="tiny", seed=3)
 fitted = train.fit(
     model, test_train.train_data(log, codec, questions), test_train.valid_data(log, codec, questions),
-    test_train.mean_loss(log), train=test_train.TRAIN, folder=Path(folder), seed=3,
+    Target(), test_train.mean_loss(log), train=test_train.TRAIN, folder=Path(folder), seed=3,
 )
 state = PartialState()
 assert state.num_processes == 2, state

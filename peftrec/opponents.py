@@ -1,0 +1,64 @@
+"""What is measured beside the model, and the prior that it may build on: one entrance for both tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peftrec import baselines, rating_baselines
+from peftrec.baselines import Prior
+from peftrec.rating_baselines import RatingPrior
+
+if TYPE_CHECKING:
+    from peftrec.config import Recipe
+    from peftrec.split import Log
+
+
+@dataclass(frozen=True)
+class Opponents:
+    """Scores of every row of a log by counting alone, each knowing of a row what the model knows.
+
+    Attributes:
+        scores: baseline -> (n,), those of the recipe and `global_mean`.
+        prior: what the model's score builds on, (n,), float32, or None.
+        saved_prior: the same for whomever the adapter meets later, or None.
+        settings: what was chosen for them on the validation rows.
+    """
+
+    scores: dict[str, npt.NDArray[np.float64]]
+    prior: npt.NDArray[np.float32] | None
+    saved_prior: Prior | RatingPrior | None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def measure(log: Log, recipe: Recipe) -> Opponents:
+    """The baselines and the prior of a recipe.
+
+    Args:
+        log: all splits.
+        recipe: its task, score, evaluation, order of training and seed count.
+    """
+    evaluation, kind = recipe.eval, recipe.score.prior
+    wanted = dict.fromkeys((*evaluation.baselines, "global_mean", *(() if kind == "none" else (kind,))))
+    saved: Prior | RatingPrior | None = None
+    if recipe.task == "click":
+        clicks = baselines.predict(log, evaluation.history, evaluation.ties)
+        found, settings = clicks.scores, dataclasses.asdict(clicks.shrinkage)
+        if kind != "none":
+            saved = baselines.fit_prior(log, clicks.shrinkage)
+    else:
+        ratings = rating_baselines.predict(
+            log, evaluation.history, evaluation.ties, recipe.train.order, seed=recipe.seed, names=tuple(wanted)
+        )
+        found, settings = ratings.scores, dataclasses.asdict(ratings.settings)
+        if kind != "none":
+            saved = rating_baselines.fit_prior(log, kind, ratings.settings, recipe.seed)
+    prior = None if kind == "none" else found[kind].astype(np.float32)
+    reported = {
+        name: found[name] for name in wanted if name in found and (name != kind or name in evaluation.baselines)
+    }
+    return Opponents(reported, prior, saved, settings)

@@ -25,18 +25,20 @@ import numpy.typing as npt
 import polars as pl
 
 from peftrec.errors import DataError, PeftrecError
+from peftrec.interactions import Interactions, Task
 from peftrec.metrics import slices
 from peftrec.split import SPLITS
 
 if TYPE_CHECKING:
-    from peftrec.interactions import Interactions
     from peftrec.split import Log
 
-FORMAT = 1
+FORMAT = 2
 RUN, PREDICTIONS = "run.json", "predictions.parquet"
 ADAPTER, NO_PRIOR = "adapter", "adapter_no_prior"
 BASE_MODEL, BASE_MODEL_NO_PRIOR = "base_model", "base_model_no_prior"
 """Names of the model's own scorers; the others are baselines."""
+TRUTH: dict[Task, str] = {"click": "label", "rating": "rating"}
+"""Column of the answers in predictions.parquet."""
 
 _BASELINE, _SLICE = "baseline/", "slice/"
 _PACKAGES = ("peftrec", "torch", "transformers", "peft", "accelerate", "polars", "numpy")
@@ -47,11 +49,13 @@ class RunRecord:
     """One run, as run.json holds it. Figures that are not defined are null.
 
     Attributes:
+        task: what was predicted: click or rating.
         metrics: of the adapter, flat: `test/auc`, `test/auc|cold_item`.
         intervals: scorer -> metric -> [low, high], 95 %.
         differences: other scorer -> metric -> adapter minus it: {difference, low, high}, 95 %, paired.
         baselines: other scorer -> metric -> figure.
-        slices: `all` and each slice -> {rows, users, positives} that were scored.
+        slices: `all` and each slice -> {rows, users, positives} that were scored; of ratings `mean_rating` in place of
+            `positives`.
         data: see `data_facts`.
         prompt: the recipe's section and what the text of an event came to.
         model: base model, as `peftrec.backbone.BaseModel` says it.
@@ -66,11 +70,12 @@ class RunRecord:
         format: of this file.
     """
 
+    task: Task
     metrics: Mapping[str, float | None]
     intervals: Mapping[str, Mapping[str, Sequence[float | None]]]
     differences: Mapping[str, Mapping[str, Mapping[str, float | None]]]
     baselines: Mapping[str, Mapping[str, float | None]]
-    slices: Mapping[str, Mapping[str, int]]
+    slices: Mapping[str, Mapping[str, float | None]]
     data: Mapping[str, Any]
     prompt: Mapping[str, Any]
     model: Mapping[str, Any]
@@ -113,8 +118,10 @@ def read_record(run: str | Path) -> RunRecord:
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); expected what a peftrec run wrote; run it again") from None
     found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
+    if found not in (1, FORMAT):
         raise DataError(f"{path}: format {found!r}; this version reads format {FORMAT}; read it with a newer peftrec")
+    if found == 1:  # it knew one task only
+        content["task"] = "click"
     names = [one.name for one in dataclasses.fields(RunRecord)]
     missing = [name for name in names if name not in content]
     if missing:
@@ -122,20 +129,21 @@ def read_record(run: str | Path) -> RunRecord:
     return RunRecord(**{name: content[name] for name in names})
 
 
-def data_facts(interactions: Interactions, log: Log) -> dict[str, Any]:
-    """Name, hash and warnings of the data, and for each split its rows, users, items, positives and times.
+def data_facts(interactions: Interactions, log: Log, task: Task) -> dict[str, Any]:
+    """Name, hash and warnings of the data, and for each split its rows, users, items, answers and times.
 
-    `first` and `last` are timestamps in seconds (row numbers where the source has no times).
+    Answers of clicks are `positives`; those of ratings `mean_rating` and `ratings`, how often each was given, beside
+    the `scale` of all. `first` and `last` are timestamps in seconds (row numbers where the source has no times).
     """
     per_split = {}
     for code, name in enumerate(SPLITS):
-        rows = log.split == code
+        rows = np.flatnonzero(log.split == code)
         time, item = log.timestamp[rows], log.item[rows]
         per_split[name] = {
-            "rows": int(rows.sum()),
+            "rows": len(rows),
             "users": len(np.unique(log.user[rows])),
             "items": len(np.unique(item[item >= 0])),
-            "positives": int(log.label[rows].sum(dtype=np.int64)),
+            **_answers(log, rows, task),
             "first": int(time.min()) if len(time) else None,
             "last": int(time.max()) if len(time) else None,
         }
@@ -145,8 +153,21 @@ def data_facts(interactions: Interactions, log: Log) -> dict[str, Any]:
         "rows": len(log),
         "users": len(np.unique(log.user)),
         "items": len(np.unique(log.item[log.item >= 0])),
+        **({"scale": list(log.scale)} if task == "rating" else {}),
         "splits": per_split,
         "warnings": list(interactions.warnings),
+    }
+
+
+def _answers(log: Log, rows: npt.NDArray[np.int64], task: Task) -> dict[str, Any]:
+    if task == "click":
+        return {"positives": int(log.label[rows].sum(dtype=np.int64))}
+    assert log.rating is not None
+    ratings = log.rating[rows].astype(np.float64)
+    counts = np.bincount(log.label[rows], minlength=len(log.scale))
+    return {
+        "mean_rating": float(ratings.mean()) if len(rows) else None,
+        "ratings": {f"{rating:g}": int(count) for rating, count in zip(log.scale, counts, strict=True)},
     }
 
 
@@ -206,28 +227,35 @@ def predictions(
     log: Log,
     rows: npt.ArrayLike,
     *,
-    model_score: npt.ArrayLike,
+    task: Task,
+    score: npt.ArrayLike,
+    answer: npt.ArrayLike | None = None,
+    score_no_prior: npt.ArrayLike | None = None,
     prior: npt.ArrayLike | None = None,
     base_score: npt.ArrayLike | None = None,
     baselines: Mapping[str, npt.ArrayLike] | None = None,
 ) -> pl.DataFrame:
     """The table of predictions.parquet: all that is needed to measure again.
 
+    A score is the log-odds of label 1, or the predicted rating.
+
     Args:
         log: all events.
         rows: which of them were scored, indices (m,).
-        model_score: the model's own log-odds of label 1 (m,).
-        prior: log-odds added to them (m,); none if left out.
-        base_score: log-odds of the untrained base model (m,), if they were measured.
+        task: what was predicted.
+        score: of the model, with its prior if it has one (m,).
+        answer: the most probable rating (m,), where the model says one.
+        score_no_prior: of the model alone (m,), where there is a prior.
+        prior: the prior's own score (m,), where there is one.
+        base_score: of the untrained base model (m,), if it was measured.
         baselines: name -> scores (m,).
 
     Returns:
-        `user_id`, `item_id` (null for prompt records), `timestamp`, `label`, `rating` where there is one, `split`,
-        `score` (with the prior), `prior` (0 without), `base_score` where measured, a column `baseline/NAME` for each
-        baseline and `slice/NAME` for each slice.
+        `user_id`, `item_id` (null for prompt records), `timestamp`, `label` (clicks only), `rating` where there is one,
+        `split`, `score`, then `answer`, `prior`, `score_no_prior` and `base_score` as far as they were given, a column
+        `baseline/NAME` for each baseline and `slice/NAME` for each slice.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    added = np.zeros(len(rows)) if prior is None else np.asarray(prior, dtype=np.float64)
     item = log.item[rows]
     columns: dict[str, Any] = {
         "user_id": log.user_ids.gather(log.user[rows]),
@@ -237,37 +265,49 @@ def predictions(
             else pl.Series([None] * len(rows), dtype=pl.String)
         ),
         "timestamp": log.timestamp[rows],
-        "label": log.label[rows],
     }
+    if task == "click":
+        columns["label"] = log.label[rows]
     if log.rating is not None:
         columns["rating"] = log.rating[rows]
-    columns |= {
-        "split": pl.Series(SPLITS).gather(log.split[rows]),
-        "score": np.asarray(model_score, dtype=np.float64) + added,
-        "prior": added,
-    }
-    if base_score is not None:
-        columns["base_score"] = np.asarray(base_score)
-    columns |= {_BASELINE + name: np.asarray(score) for name, score in (baselines or {}).items()}
+    columns |= {"split": pl.Series(SPLITS).gather(log.split[rows]), "score": np.asarray(score, dtype=np.float64)}
+    optional = {"answer": answer, "prior": prior, "score_no_prior": score_no_prior, "base_score": base_score}
+    columns |= {name: np.asarray(given) for name, given in optional.items() if given is not None}
+    columns |= {_BASELINE + name: np.asarray(given) for name, given in (baselines or {}).items()}
     columns |= {_SLICE + name: member[rows] for name, member in slices(log).items()}
     return pl.DataFrame(columns)
 
 
 def scorers(table: pl.DataFrame, *, trained: bool = True) -> dict[str, npt.NDArray[np.float64]]:
-    """Scorer -> log-odds of each row of a predictions table: the model first, the baselines last.
+    """Scorer -> score of each row of a predictions table: the model first, the baselines last.
 
     Args:
         table: see `predictions`.
         trained: whether the model had an adapter (`adapter.method` is not none).
     """
-    score, prior = table["score"].to_numpy(), table["prior"].to_numpy()
-    found = {ADAPTER if trained else BASE_MODEL: score}
-    if prior.any():
-        # The model scored in float32; rounding to it undoes the addition exactly, ties included.
-        found[NO_PRIOR if trained else BASE_MODEL_NO_PRIOR] = (score - prior).astype(np.float32).astype(np.float64)
+    found = {ADAPTER if trained else BASE_MODEL: table["score"]}
+    own = table["score_no_prior"] if "score_no_prior" in table.columns else _prior_taken_off(table)
+    if own is not None:
+        found[NO_PRIOR if trained else BASE_MODEL_NO_PRIOR] = own
     if "base_score" in table.columns:
-        found[BASE_MODEL] = table["base_score"].to_numpy()
-    return found | {name: column.to_numpy() for name, column in _columns(table, _BASELINE)}
+        found[BASE_MODEL] = table["base_score"]
+    found |= dict(_columns(table, _BASELINE))
+    return {name: column.to_numpy().astype(np.float64) for name, column in found.items()}
+
+
+def answers(table: pl.DataFrame, *, trained: bool = True) -> dict[str, npt.NDArray[np.float64]]:
+    """Scorer -> most probable rating of each row, for those that say one; arguments as `scorers`."""
+    if "answer" not in table.columns:
+        return {}
+    return {ADAPTER if trained else BASE_MODEL: table["answer"].to_numpy().astype(np.float64)}
+
+
+def _prior_taken_off(table: pl.DataFrame) -> pl.Series | None:
+    """The model's own score in a run of format 1, which kept the sum and the prior (0 without one)."""
+    if "prior" not in table.columns or not (table["prior"] != 0).any():
+        return None
+    # The model scored in float32; rounding to it undoes the addition exactly, ties included.
+    return (table["score"] - table["prior"]).cast(pl.Float32)
 
 
 def members(table: pl.DataFrame) -> dict[str, npt.NDArray[np.bool_]]:
@@ -301,7 +341,7 @@ def read_predictions(run: str | Path) -> pl.DataFrame:
     except pl.exceptions.PolarsError as error:
         reason = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: not a Parquet file ({reason}); expected what a peftrec run wrote") from None
-    missing = [name for name in ("user_id", "label", "split", "score", "prior") if name not in table.columns]
+    missing = [name for name in ("user_id", "split", "score") if name not in table.columns]
     if missing:
         raise DataError(f"{path}: no column {', '.join(missing)} (found {', '.join(table.columns)}); run it again")
     return table

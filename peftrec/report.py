@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from peftrec import config, metrics, record
+from peftrec import config, record
 from peftrec.baselines import RANKING_ONLY
+from peftrec.bootstrap import Interval, bootstrap
 from peftrec.errors import DataError
-from peftrec.figures import FLAT, LABELS
-from peftrec.metrics import CLICK_METRICS, RANKING_METRICS, Bools, Interval
+from peftrec.interactions import Task
+from peftrec.looks import FLAT, shown
+from peftrec.metrics import HEADLINE, LOWER_IS_BETTER, METRICS
 from peftrec.schema import read_yaml
-
-if TYPE_CHECKING:
-    from peftrec.split import Log
 
 SLICES = {"cold_item": ("cold_item",), "cold_user": ("cold_user",), "popularity": ("popular", "mid", "tail")}
 """What `eval.slices` may name -> the slices of `metrics.slices` that it stands for."""
@@ -40,23 +39,38 @@ _HEADINGS = {
     "recall": "recall",
     "f1": "F1",
     "ece": "ECE",
+    "rmse": "RMSE",
+    "mae": "MAE",
+    "exact": "exact",
+    "ndcg@10": "NDCG@10",
 }
-_SHORT = {record.NO_PRIOR: "no prior", record.BASE_MODEL: "base"}
-_LEGEND = (
-    "AUC: chance that a liked row scores above one that is not liked; 0.5 is guessing. uauc: the same within each "
-    "user, then the mean over users. log loss, ECE: lower is better. -: not defined."
-)
+# Shown with intervals, and as differences.
+_LEADING: dict[Task, tuple[str, ...]] = {"click": ("auc", "uauc"), "rating": ("rmse", "mae", "uauc")}
+_SHORT = {record.NO_PRIOR: "no prior", record.BASE_MODEL: "base", "mf": "MF", "item_knn": "k-NN"}
+_LEGEND: dict[Task, str] = {
+    "click": (
+        "AUC: chance that a liked row scores above one that is not liked; 0.5 is guessing. uauc: the same within each "
+        "user, then the mean over users. log loss, ECE: lower is better. -: not defined."
+    ),
+    "rating": (
+        "RMSE, MAE: how far predictions are off, in rating points; lower is better. exact: share of rows that were "
+        "given the most probable rating, or the one nearest to the score where a scorer names none. uauc: share of a "
+        "user's pairs of differently rated rows that are in order, then the mean over users; 0.5 is guessing. NDCG@10: "
+        "a user's ten best-scored rows against the best ten, then the mean over users; 1 is best. ECE: gap between "
+        "mean predicted and mean given rating in 15 bins of the prediction; lower is better. -: not defined."
+    ),
+}
 
 Table = list[tuple[str, ...]]  # the first row is the heading
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many rows, users and liked rows were scored."""
+    """How many rows of how many users were scored, and the sum of their labels (liked rows) or ratings."""
 
     rows: int
     users: int
-    positives: int
+    total: float
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ class Comparison:
     """Several scorers on the same rows.
 
     Attributes:
+        task: what is predicted.
         split: of the rows; the name before the slash of a metric.
         knew: one sentence on what a row knew when it was scored.
         intervals: scorer -> metric (`test/auc`, `test/auc|cold_item`) -> interval; ours first.
@@ -73,6 +88,7 @@ class Comparison:
         warnings: what could not be measured, one line each.
     """
 
+    task: Task
     split: str
     knew: str
     intervals: dict[str, dict[str, Interval]]
@@ -95,6 +111,7 @@ class Comparison:
         """The fields of a `RunRecord` that come from here, without `warnings`."""
         measured = self.metrics
         return {
+            "task": self.task,
             "metrics": measured.pop(self.ours),
             "baselines": measured,
             "intervals": {
@@ -104,130 +121,170 @@ class Comparison:
                 name: {key: {"difference": one.point, "low": one.low, "high": one.high} for key, one in own.items()}
                 for name, own in self.differences.items()
             },
-            "slices": {name: asdict(size) for name, size in self.sizes.items()},
+            "slices": {
+                name: {"rows": size.rows, "users": size.users, **self._answered(size)}
+                for name, size in self.sizes.items()
+            },
         }
 
     def table(self) -> str:
         """Plain text for a terminal of 120 columns."""
-        parts = [self._headline(), _wrapped(self.knew), "", *_aligned(self._scorers()), "", _wrapped(_LEGEND)]
-        if self.resamples:
-            parts.append(_wrapped(self._brackets()))
+        parts = [self._headline(), _wrapped(self.knew), "", *_aligned(self._scorers()), ""]
+        parts += [_wrapped(_LEGEND[self.task]), *([_wrapped(self._brackets())] if self.resamples else [])]
         if self.differences:
-            parts += ["", f"{_label(self.ours)} minus the other, on the same rows", "", *_aligned(self._differences())]
+            parts += ["", f"{shown(self.ours)} minus the other, {self._hint()}", "", *_aligned(self._differences())]
         if len(self.sizes) > 1:
-            parts += ["", "AUC by slice", "", *_aligned(self._slices())]
+            parts += ["", self._by_slice(), "", *_aligned(self._slices())]
         parts += [_wrapped(f"warning: {line}") for line in self.warnings]
         return "\n".join(parts)
 
     def markdown(self) -> str:
         """The same for a page."""
-        parts = [f"{self._headline()} {self.knew}", *_pipes(self._scorers()), _LEGEND]
+        parts = [f"{self._headline()} {self.knew}", *_pipes(self._scorers()), _LEGEND[self.task]]
         if self.resamples:
             parts[-1] += f" {self._brackets()}"
         if self.differences:
-            parts += [f"**{_label(self.ours)} minus the other**, on the same rows:", *_pipes(self._differences())]
+            parts += [f"**{shown(self.ours)} minus the other**, {self._hint()}:", *_pipes(self._differences())]
         if len(self.sizes) > 1:
-            parts += ["**AUC by slice**:", *_pipes(self._slices())]
+            parts += [f"**{self._by_slice()}**:", *_pipes(self._slices())]
         parts += [f"Warning: {line}." for line in self.warnings]
         return "\n\n".join(parts) + "\n"
 
+    def _answered(self, size: Size) -> dict[str, float | None]:
+        """What run.json says of the answers of some rows."""
+        if self.task == "click":
+            return {"positives": round(size.total)}
+        return {"mean_rating": size.total / size.rows if size.rows else None}
+
+    def _mean(self, size: Size) -> str:
+        if not size.rows:
+            return "-"
+        return f"{size.total / size.rows:.1%}" if self.task == "click" else f"{size.total / size.rows:.2f}"
+
     def _headline(self) -> str:
         size = self.sizes["all"]
-        share = f", {size.positives / size.rows:.1%} liked" if size.rows else ""
-        return f"{self.split}: {size.rows:,} rows of {size.users:,} users{share}."
+        answered = f"{self._mean(size)} liked" if self.task == "click" else f"mean rating {self._mean(size)}"
+        return f"{self.split}: {size.rows:,} rows of {size.users:,} users, {answered}."
 
     def _brackets(self) -> str:
         return f"[low, high]: 95% interval over {self.resamples:,} resamples of the users."
 
+    def _hint(self) -> str:
+        lower = ", ".join(_HEADINGS[key] for key in _LEADING[self.task] if key in LOWER_IS_BETTER)
+        return "on the same rows" + (f" ({lower}: negative where the {shown(self.ours)} is better)" if lower else "")
+
+    def _by_slice(self) -> str:
+        metric = HEADLINE[self.task]
+        return f"{_HEADINGS[metric]} by slice" + (" (lower is better)" if metric in LOWER_IS_BETTER else "")
+
     def _scorers(self) -> Table:
-        rows: Table = [("scorer", *(_HEADINGS[key] for key in CLICK_METRICS))]
+        keys, leading = METRICS[self.task], _LEADING[self.task]
+        rows: Table = [("scorer", *(_HEADINGS[key] for key in keys))]
         for name, own in self.intervals.items():
-            cells = [_cell(own.get(f"{self.split}/{key}"), interval=key in RANKING_METRICS) for key in CLICK_METRICS]
-            rows.append((_label(name), *cells))
+            rows.append(
+                (shown(name), *(_cell(own.get(f"{self.split}/{key}"), interval=key in leading) for key in keys))
+            )
         return rows
 
     def _differences(self) -> Table:
-        rows: Table = [("other scorer", *(_HEADINGS[key] for key in RANKING_METRICS))]
+        keys = _LEADING[self.task]
+        rows: Table = [("other scorer", *(_HEADINGS[key] for key in keys))]
         for name, own in self.differences.items():
-            cells = [_cell(own.get(f"{self.split}/{key}"), interval=True, sign="+") for key in RANKING_METRICS]
-            rows.append((_label(name), *cells))
+            cells = [_cell(own.get(f"{self.split}/{key}"), interval=True, sign="+") for key in keys]
+            rows.append((shown(name), *cells))
         return rows
 
     def _slices(self) -> Table:
-        names = [name for name in self.intervals if name not in FLAT]
-        rows: Table = [("slice", "rows", "users", "liked", *(_SHORT.get(name, _label(name)) for name in names))]
+        metric = HEADLINE[self.task]
+        names = [name for name, own in self.intervals.items() if name not in FLAT and f"{self.split}/{metric}" in own]
+        answered = {"click": "liked", "rating": "mean"}[self.task]
+        rows: Table = [("slice", "rows", "users", answered, *(_SHORT.get(name, shown(name)) for name in names))]
         for part, size in self.sizes.items():
-            key = _key(self.split, "auc", part)
-            share = f"{size.positives / size.rows:.1%}" if size.rows else "-"
+            key = _key(self.split, metric, part)
             cells = [_cell(self.intervals[name].get(key)) for name in names]
-            rows.append((part, f"{size.rows:,}", f"{size.users:,}", share, *cells))
+            rows.append((part, f"{size.rows:,}", f"{size.users:,}", self._mean(size), *cells))
         return rows
 
 
-def compare(
-    log: Log,
-    rows: npt.ArrayLike,
-    scorers: Mapping[str, npt.ArrayLike],
-    *,
-    knew: str,
-    ranking_only: Collection[str] = RANKING_ONLY,
-    slices: Sequence[str] = (),
-    bootstrap: int = 1000,
-    seed: int = 13,
-    split: str = "test",
+def compare_predictions(
+    table: pl.DataFrame, recipe: config.Recipe, split: str = "test", *, scale: Sequence[float] = (0.0, 1.0)
 ) -> Comparison:
-    """Measure scorers on the same rows of a log.
-
-    Args:
-        log: all events.
-        rows: which of them are measured, indices (m,).
-        scorers: name -> log-odds (m,); the first is ours.
-        knew: one sentence on what a row knew, see `sight`.
-        ranking_only: scorers whose scores order rows but are no log-odds.
-        slices: names as in `eval.slices`.
-        bootstrap: resamples of the users; 0 gives no intervals.
-        seed: of the resamples.
-        split: the name before the slash of a metric.
-
-    Raises:
-        DataError: there are no rows, or a score is NaN or infinite.
-    """
-    rows = np.asarray(rows, dtype=np.int64)
-    members = {name: member[rows] for name, member in metrics.slices(log).items() if name in _expanded(slices)}
-    return _compare(log.label[rows], log.user[rows], scorers, members, knew, ranking_only, bootstrap, seed, split)
-
-
-def compare_predictions(table: pl.DataFrame, recipe: config.Recipe, split: str = "test") -> Comparison:
     """Measure the scorers of a predictions table on the rows of one split, as the recipe says.
 
+    Args:
+        table: see `record.predictions`.
+        recipe: its task, slices, resamples and seed count.
+        split: the name before the slash of a metric.
+        scale: the ratings that can be given, ascending; clicks need none.
+
     Raises:
-        DataError: the table has no rows of that split, or a score is NaN or infinite.
+        DataError: the table has no rows of that split or no answers for the task, or a score is NaN or infinite.
     """
+    task: Task = recipe.task
     rows = table.filter(pl.col("split") == split)
-    wanted = _expanded(recipe.eval.slices)
-    return _compare(
-        rows["label"].to_numpy(),
-        rows["user_id"].to_numpy(),
-        record.scorers(rows, trained=recipe.adapter.method != "none"),
-        {name: member for name, member in record.members(rows).items() if name in wanted},
-        sight(recipe),
-        RANKING_ONLY,
-        recipe.eval.bootstrap,
-        recipe.seed,
-        split,
-    )
+    if not len(rows):
+        raise DataError(
+            f"{split}: no rows were scored; expected some to compare; see data.split and eval.max_test_rows"
+        )
+    if record.TRUTH[task] not in rows.columns:
+        raise DataError(
+            f"predictions: no column {record.TRUTH[task]} (found {', '.join(rows.columns)}); expected it under "
+            f"task: {task}; keep predictions and recipe of one run together"
+        )
+    trained = recipe.adapter.method != "none"
+    truth = rows[record.TRUTH[task]].to_numpy().astype(np.float64)
+    user = rows["user_id"].to_numpy()
+    scores, answers = record.scorers(rows, trained=trained), record.answers(rows, trained=trained)
+    wanted = {part for name in recipe.eval.slices for part in SLICES[name]}
+    members = {name: member for name, member in record.members(rows).items() if name in wanted}
+    intervals: dict[str, dict[str, Interval]] = {name: {} for name in scores}
+    differences: dict[str, dict[str, Interval]] = {name: {} for name in list(scores)[1:]}
+    sizes, warnings = {}, []
+    for part, member in {"all": np.ones(len(rows), dtype=bool), **members}.items():
+        size = Size(int(member.sum()), len(np.unique(user[member])), float(truth[member].sum()))
+        sizes[part] = size
+        if not size.rows:
+            continue
+        drawn = bootstrap(
+            truth[member],
+            {name: score[member] for name, score in scores.items()},
+            user[member],
+            # One user alone gives the same resample every time, which would look like certainty.
+            recipe.eval.bootstrap if size.users > 1 else 0,
+            recipe.seed,
+            RANKING_ONLY,
+            task=task,
+            scale=scale,
+            answers={name: answer[member] for name, answer in answers.items()},
+        )
+        if undefined := _undefined(task, truth[member], next(iter(drawn.intervals.values()))):
+            warnings.append(f"{split}{'' if part == 'all' else f', slice {part}'}: {undefined}")
+        for found, kept in ((drawn.intervals, intervals), (drawn.differences, differences)):
+            for name, figures in found.items():
+                kept[name] |= {_key(split, metric, part): one for metric, one in figures.items()}
+    resamples = recipe.eval.bootstrap
+    return Comparison(task, split, sight(recipe), intervals, differences, sizes, resamples, tuple(warnings))
 
 
-def compare_run(run: str | Path) -> Comparison:
-    """Measure a finished run again from its predictions.parquet and config.yaml; no model is loaded.
+def compare_run(run: str | Path, split: str = "test", bootstrap: int | None = None) -> Comparison:
+    """Measure a finished run again from what it left behind; no model is loaded.
+
+    Args:
+        run: its output_dir.
+        split: rows to measure.
+        bootstrap: resamples of the users; those of the recipe if left out.
 
     Raises:
-        DataError: the folder holds no predictions.
+        DataError: the folder holds no predictions, or (ratings) no run.json.
         ConfigError: the folder holds no recipe.
     """
     table = record.read_predictions(run)
     path = Path(run) / "config.yaml"
-    return compare_predictions(table, config.parse_recipe(read_yaml(path), str(path)))
+    recipe = config.parse_recipe(read_yaml(path), str(path))
+    if bootstrap is not None:
+        recipe = replace(recipe, eval=replace(recipe.eval, bootstrap=bootstrap))
+    scale = record.read_record(run).data["scale"] if recipe.task == "rating" else (0.0, 1.0)
+    return compare_predictions(table, recipe, split, scale=scale)
 
 
 def sight(recipe: config.Recipe) -> str:
@@ -246,54 +303,17 @@ def sight(recipe: config.Recipe) -> str:
     return f"{history}; {ties}; the baselines know the same."
 
 
-def _compare(
-    label: npt.NDArray[Any],
-    user: npt.NDArray[Any],
-    scorers: Mapping[str, npt.ArrayLike],
-    members: Mapping[str, Bools],
-    knew: str,
-    ranking_only: Collection[str],
-    resamples: int,
-    seed: int,
-    split: str,
-) -> Comparison:
-    if not len(label):
-        raise DataError(
-            f"{split}: no rows were scored; expected some to compare; see data.split and eval.max_test_rows"
-        )
-    scores = {name: np.asarray(score, dtype=np.float64) for name, score in scorers.items()}
-    intervals: dict[str, dict[str, Interval]] = {name: {} for name in scores}
-    differences: dict[str, dict[str, Interval]] = {name: {} for name in list(scores)[1:]}
-    sizes, warnings = {}, []
-    for part, member in {"all": np.ones(len(label), dtype=bool), **members}.items():
-        own = {name: score[member] for name, score in scores.items()}
-        size = Size(int(member.sum()), len(np.unique(user[member])), int(label[member].sum(dtype=np.int64)))
-        sizes[part] = size
-        if not size.rows:
-            continue
-        if size.positives in (0, size.rows):
-            where = split if part == "all" else f"{split}, slice {part}"
-            warnings.append(f"{where}: all {size.rows} rows have label {label[member][0]}; AUC is not defined there")
-        # One user alone gives the same resample every time, which would look like certainty.
-        drawn = metrics.bootstrap(
-            label[member], own, user[member], resamples if size.users > 1 else 0, seed, ranking_only
-        )
-        for found, kept in ((drawn.intervals, intervals), (drawn.differences, differences)):
-            for name, figures in found.items():
-                kept[name] |= {_key(split, metric, part): one for metric, one in figures.items()}
-    return Comparison(split, knew, intervals, differences, sizes, resamples, tuple(warnings))
-
-
-def _expanded(names: Sequence[str]) -> set[str]:
-    return {part for name in names for part in SLICES[name]}
+def _undefined(task: Task, truth: npt.NDArray[Any], figures: Mapping[str, Interval]) -> str:
+    """What these rows cannot tell, if there is something."""
+    if task == "click" and len(set(truth.tolist())) == 1:
+        return f"all {len(truth)} rows have label {truth[0]:g}; AUC is not defined there"
+    if task == "rating" and math.isnan(figures["uauc"].point):
+        return f"nobody rated two of the {len(truth)} rows differently; uauc and NDCG@10 are not defined there"
+    return ""
 
 
 def _key(split: str, metric: str, part: str) -> str:
     return f"{split}/{metric}" if part == "all" else f"{split}/{metric}|{part}"
-
-
-def _label(name: str) -> str:
-    return LABELS.get(name, name)
 
 
 def _cell(one: Interval | None, *, interval: bool = False, sign: str = "") -> str:

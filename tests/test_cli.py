@@ -230,9 +230,8 @@ def finished(tmp_path: Path, make_random_log: Any) -> Path:
     table = record.predictions(
         log,
         rows,
-        model_score=np.linspace(-1, 1, len(rows)),
-        prior=None,
-        base_score=None,
+        task="click",
+        score=np.linspace(-1, 1, len(rows)),
         baselines={"item_mean": known.scores["item_mean"][rows]},
     )
     record.write_predictions(tmp_path, table)

@@ -7,13 +7,12 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from test_record import full_disk
 
 from peftrec import figures
+from peftrec.bootstrap import Interval
 from peftrec.errors import PeftrecError
-from peftrec.metrics import Interval, auc
+from peftrec.ranking import auc
 
 LOG = [
     {"loss": 0.7, "step": 1, "epoch": 0.1},
@@ -21,6 +20,9 @@ LOG = [
     {"eval_loss": 0.65, "eval_auc": 0.6, "eval_uauc": float("nan"), "step": 2},
     {"train_loss": 0.65, "train_runtime": 1.0, "step": 2},
 ]
+
+
+STARS = (1.0, 2.0, 3.0, 4.0, 5.0)
 
 
 def inputs(**changes: Any) -> dict[str, Any]:
@@ -43,9 +45,10 @@ def inputs(**changes: Any) -> dict[str, Any]:
     }
     rows = {"all": 60, "cold_item": 8, "cold_user": 3, "tail": 0}
     given = {
+        "task": "click",
         "train_log": LOG,
         "best_step": 2,
-        "label": label,
+        "truth": label,
         "scores": scores,
         "intervals": intervals,
         "rows": rows,
@@ -54,10 +57,35 @@ def inputs(**changes: Any) -> dict[str, Any]:
     return given | changes
 
 
-def test_four_pngs_wide_enough_and_nothing_else(tmp_path: Path) -> None:
+def rated(**changes: Any) -> dict[str, Any]:
+    """The same for ratings."""
+    rng = np.random.default_rng(0)
+    rating = rng.integers(1, 6, 60)
+    scores = {name: rating + rng.normal(size=60) for name in ("adapter", "bias", "popularity", "global_mean")}
+    given = {
+        "task": "rating",
+        "train_log": [{"loss": 1.4, "step": 1}, {"eval_loss": 1.3, "eval_rmse": 0.98, "eval_mae": 0.8, "step": 1}],
+        "truth": rating,
+        "scores": scores,
+        "intervals": {name: {"test/rmse": Interval(1.0, 0.9, 1.1)} for name in ("adapter", "bias", "global_mean")},
+        "scale": STARS,
+        "loss": "squared_error",
+    }
+    return inputs(**given) | changes
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (inputs(), ["loss", "roc", "calibration", "slices"]),
+        (rated(), ["loss", "ratings", "errors", "calibration", "slices"]),
+    ],
+    ids=["click", "rating"],
+)
+def test_pngs_wide_enough_and_nothing_else(tmp_path: Path, given: dict[str, Any], names: list[str]) -> None:
     before = mpl.rcParams.copy()
-    written = figures.draw(tmp_path / "figures", **inputs())
-    assert [path.name for path in written] == ["loss.png", "roc.png", "calibration.png", "slices.png"]
+    written = figures.draw(tmp_path / "figures", **given)
+    assert [path.stem for path in written] == names
     assert sorted((tmp_path / "figures").iterdir()) == sorted(written)
     for path in written:
         head = path.read_bytes()[:24]
@@ -71,13 +99,13 @@ def test_what_has_nothing_to_show_is_left_out_and_stale_files_go(tmp_path: Path)
     label = np.ones(3)
     written = figures.draw(
         tmp_path,
-        **inputs(train_log=[], best_step=None, label=label, scores={"adapter": np.zeros(3)}, intervals={"adapter": {}}),
+        **inputs(train_log=[], best_step=None, truth=label, scores={"adapter": np.zeros(3)}, intervals={"adapter": {}}),
     )
     assert [path.name for path in tmp_path.iterdir()] == [path.name for path in written] == ["calibration.png"]
 
 
 def test_loss_shows_what_was_logged_and_which_step_was_kept() -> None:
-    figure = figures.loss(LOG, 2)
+    figure = figures.losses(LOG, 2)
     assert figure is not None
     above, below = figure.axes
     assert [text.get_text() for text in above.get_legend().get_texts()] == [
@@ -89,44 +117,19 @@ def test_loss_shows_what_was_logged_and_which_step_was_kept() -> None:
     assert [text.get_text() for text in below.get_legend().get_texts()] == ["validation AUC"]
 
 
+def test_loss_of_ratings_names_its_unit_and_shows_the_error() -> None:
+    figure = figures.losses(rated()["train_log"], None, "rating", "squared_error")
+    assert figure is not None
+    above, below = figure.axes
+    assert above.get_ylabel() == "squared error (rating points²)"
+    assert [text.get_text() for text in below.get_legend().get_texts()] == ["validation RMSE"]
+    assert below.lines[0].get_xydata().tolist() == [[1, 0.98]]
+
+
 def test_loss_without_validation_has_one_panel() -> None:
-    figure = figures.loss(LOG[:2], None)
+    figure = figures.losses(LOG[:2], None)
     assert figure is not None
     assert len(figure.axes) == 1
-
-
-def test_roc_gives_each_auc_in_the_legend() -> None:
-    label, scores = np.array([0, 1, 0, 1]), {"adapter": np.array([0, 1, 2, 3]), "mine": np.zeros(4)}
-    figure = figures.roc(label, scores, "test")
-    assert figure is not None
-    legend = figure.axes[0].get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == ["0.750  adapter", "0.500  mine", "0.500  chance"]
-
-
-def test_curve_by_hand() -> None:
-    false, true = figures._curve(np.array([0, 1, 0, 1]), np.array([1.0, 3.0, 2.0, 2.0]))
-    assert false.tolist() == [0, 0, 0.5, 1]
-    assert true.tolist() == [0, 0.5, 1, 1]
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 1), st.integers(-3, 3)), min_size=2).filter(
-        lambda rows: len({label for label, _ in rows}) == 2
-    )
-)
-def test_area_under_the_curve_is_the_auc(rows: list[tuple[int, int]]) -> None:
-    label, score = (np.array(column) for column in zip(*rows, strict=True))
-    false, true = figures._curve(label, score)
-    area = np.sum(np.diff(false) * (true[1:] + true[:-1]) / 2)
-    assert area == pytest.approx(auc(label, score))
-
-
-def test_a_long_curve_is_thinned_between_its_ends() -> None:
-    rng = np.random.default_rng(0)
-    label, score = rng.integers(0, 2, 20_000), rng.normal(size=20_000)
-    false, true = figures._curve(label, score)
-    assert len(false) <= 1500
-    assert (false[0], true[0], false[-1], true[-1]) == (0, 0, 1, 1)
 
 
 def test_slices_show_those_that_are_defined() -> None:
@@ -134,6 +137,16 @@ def test_slices_show_those_that_are_defined() -> None:
     figure = figures.slices(given["intervals"], given["rows"], "test")
     assert figure is not None
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["all\n60 rows", "cold item\n8 rows"]
+
+
+def test_slices_of_ratings_say_that_lower_is_better_and_leave_out_who_predicts_none() -> None:
+    given = rated()
+    intervals = given["intervals"] | {"popularity": {"test/uauc": Interval(0.6, 0.5, 0.7)}}
+    figure = figures.slices(intervals, given["rows"], "test", "rmse")
+    assert figure is not None
+    assert figure.axes[0].get_title() == "RMSE by slice of the test rows, with 95% intervals (lower is better)"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["adapter", "user+item bias"]
+    assert figure.axes[0].get_xlim()[0] > 0.5  # chance has no place on this axis
 
 
 def test_a_full_disk_leaves_no_figure(tmp_path: Path) -> None:

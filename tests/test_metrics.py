@@ -1,57 +1,26 @@
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import polars as pl
 import pytest
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_ranking import rows
 
 from peftrec import metrics
+from peftrec.bootstrap import bootstrap
 from peftrec.errors import DataError
+from peftrec.ranking import auc
 from peftrec.split import Log
 
-
-@st.composite
-def rows(draw: st.DrawFn, most: int = 40) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels, scores with ties, and users."""
-    n = draw(st.integers(1, most))
-    label = draw(st.lists(st.integers(0, 1), min_size=n, max_size=n))
-    score = draw(st.lists(st.integers(-6, 6), min_size=n, max_size=n))
-    user = draw(st.lists(st.integers(0, 5), min_size=n, max_size=n))
-    return np.array(label), np.array(score) / 2, np.array(user)
+STARS = (1.0, 2.0, 3.0, 4.0, 5.0)
 
 
 def sample(n: int, n_users: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     score = rng.normal(size=n).round(2)
     return (rng.random(n) < 1 / (1 + np.exp(-score))).astype(np.int8), score, rng.integers(0, n_users, n)
-
-
-def looped_auc(label, score, weight) -> float:
-    won = total = 0.0
-    for i in np.flatnonzero(label == 1):
-        for j in np.flatnonzero(label == 0):
-            pair = weight[i] * weight[j]
-            total += pair
-            won += pair * (1.0 if score[i] > score[j] else 0.5 if score[i] == score[j] else 0.0)
-    return won / total if total else np.nan
-
-
-def test_auc_counts_pairs_and_half_of_ties():
-    assert metrics.auc([0, 0, 1, 1], [1, 2, 2, 3]) == pytest.approx(3.5 / 4)
-    assert metrics.auc([0, 1], [0.0, 0.0]) == 0.5
-    # The lost pair counts 3 x 1, the won one 1 x 1.
-    assert metrics.auc([0, 0, 1], [2, 0, 1], weight=[3, 1, 1]) == pytest.approx(0.25)
-
-
-def test_uauc_is_the_mean_over_users_who_have_both_classes():
-    label = [1, 0, 1, 0, 0, 1, 1]
-    score = [2, 1, 0, 1, 1, 5, 6]
-    user = ["a", "a", "b", "b", "b", "c", "c"]
-    assert metrics.uauc(label, score, user) == pytest.approx((1 + 0) / 2)
 
 
 def test_click_metrics_by_hand():
@@ -80,7 +49,10 @@ def test_calibration_error_is_measured_in_each_bin_and_not_in_each_row():
 
 
 def test_a_score_that_is_no_probability_gets_ranking_metrics_only():
-    assert tuple(metrics.click_metrics([0, 1], [3, 70], [1, 1], probability=False)) == metrics.RANKING_METRICS
+    assert tuple(metrics.click_metrics([0, 1], [3, 70], [1, 1], ranking_only=True)) == metrics.RANKING["click"]
+    found = metrics.rating_metrics([1, 5], [3, 70], [1, 1], STARS, ranking_only=True)
+    assert found == {"uauc": 1.0, "ndcg@10": 1.0}
+    assert tuple(found) == metrics.RANKING["rating"]
 
 
 @pytest.mark.parametrize("label", [[1, 1], [0, 0], []])
@@ -89,7 +61,7 @@ def test_one_class_is_nan_and_no_exception(label):
     assert np.isnan(found["auc"])
     assert np.isnan(found["uauc"])
     assert np.isfinite(found["log_loss"]) == bool(label)
-    interval = metrics.bootstrap(label, {"x": [0.5] * len(label)}, [0] * len(label), n=3).intervals["x"]["auc"]
+    interval = bootstrap(label, {"x": [0.5] * len(label)}, [0] * len(label), n=3).intervals["x"]["auc"]
     assert np.isnan([interval.point, interval.low, interval.high]).all()
 
 
@@ -102,22 +74,6 @@ def test_nothing_predicted_leaves_precision_undefined():
 def test_huge_scores_do_not_overflow():
     assert metrics.click_metrics([0, 1], [-1e4, 1e4], [0, 0])["log_loss"] == 0
     assert metrics.click_metrics([1, 0], [-1e4, 1e4], [0, 0])["log_loss"] == pytest.approx(1e4)
-
-
-@pytest.mark.parametrize(
-    ("label", "score", "found"),
-    [
-        ([0, 1], [0.0, np.nan], "1 of 2 scores are NaN or infinite"),
-        ([0, 1], [0.0, np.inf], "1 of 2 scores are NaN or infinite"),
-        ([0, 5], [0.0, 1.0], "1 of 2 labels are neither 0 nor 1"),
-        ([0, 1], [0.0], "labels (2,), scores (1,)"),
-    ],
-)
-def test_rows_that_cannot_be_measured_say_so_in_one_line(label, score, found):
-    with pytest.raises(DataError) as error:
-        metrics.auc(label, score)
-    assert found in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_agrees_with_scikit_learn():
@@ -134,28 +90,7 @@ def test_agrees_with_scikit_learn():
     assert found["f1"] == pytest.approx(sklearn.metrics.f1_score(label, predicted))
     weight = np.random.default_rng(1).integers(0, 4, len(label))
     expected = sklearn.metrics.roc_auc_score(label, score, sample_weight=weight)
-    assert metrics.auc(label, score, weight) == pytest.approx(expected)
-
-
-@given(rows(), st.integers(0, 99))
-def test_auc_agrees_with_a_loop_over_pairs(data, seed):
-    label, score, user = data
-    weight = np.random.default_rng(seed).integers(0, 3, len(label))
-    expected = looped_auc(label, score, weight)
-    assert metrics.auc(label, score, weight) == pytest.approx(expected, nan_ok=True)
-    ones = np.ones(len(label))
-    by_user = [looped_auc(label[user == u], score[user == u], ones) for u in np.unique(user)]
-    defined = [value for value in by_user if np.isfinite(value)]
-    expected = np.mean(defined) if defined else np.nan
-    assert metrics.uauc(label, score, user) == pytest.approx(expected, nan_ok=True)
-
-
-@given(rows())
-def test_ranking_does_not_change_under_a_monotone_map(data):
-    label, score, user = data
-    for mapped in (np.exp(score), 3 * score - 1, score**3):
-        assert metrics.auc(label, mapped) == pytest.approx(metrics.auc(label, score), nan_ok=True)
-        assert metrics.uauc(label, mapped, user) == pytest.approx(metrics.uauc(label, score, user), nan_ok=True)
+    assert auc(label, score, weight) == pytest.approx(expected)
 
 
 @given(rows(), st.randoms(use_true_random=False))
@@ -168,70 +103,99 @@ def test_metrics_do_not_depend_on_the_order_of_rows_or_the_names_of_users(data, 
     assert metrics.click_metrics(label[order], score[order], names[order]) == pytest.approx(expected, nan_ok=True)
 
 
-def test_bootstrap_equals_measuring_each_resample_by_hand():
-    label, score, user = sample(200, 12, seed=3)
-    found = metrics.bootstrap(label, {"a": score, "b": -score}, user, n=40, seed=5)
-    rng = np.random.default_rng(5)
-    values: dict[str, list[float]] = {key: [] for key in metrics.CLICK_METRICS}
-    differences = []
-    for _ in range(40):
-        drawn = rng.integers(12, size=12)
-        chosen = np.concatenate([np.flatnonzero(user == u) for u in drawn])
-        # A user drawn twice is two users to uauc.
-        owner = np.concatenate([np.full((user == u).sum(), k) for k, u in enumerate(drawn)])
-        a = metrics.click_metrics(label[chosen], score[chosen], owner)
-        b = metrics.click_metrics(label[chosen], -score[chosen], owner)
-        differences.append(a["uauc"] - b["uauc"])
-        for key, value in a.items():
-            values[key].append(value)
-    for key, point in metrics.click_metrics(label, score, user).items():
-        interval = found.intervals["a"][key]
-        assert interval.point == pytest.approx(point)
-        assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(values[key], [0.025, 0.975])))
-    paired = found.differences["b"]["uauc"]
-    assert (paired.low, paired.high) == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])))
-    assert set(found.differences) == {"b"}
+# Two users: a rated three films, b two, and those alike.
+RATING, SCORE, USER = np.array([5, 3, 1, 4, 4]), np.array([4.5, 4.5, 2.0, 3.3, 5.0]), np.array(list("aaabb"))
 
 
-@given(st.integers(2, 6), st.integers(0, 999))
-def test_bootstrap_interval_contains_the_point_of_a_symmetric_case(half, seed):
-    # Half of the users are told all right, half all wrong: accuracy and uauc are 0.5 and vary about it.
-    label = np.tile([0, 1], 2 * half)
-    user = np.repeat(np.arange(2 * half), 2)
-    score = np.where(user < half, 1, -1) * (2 * label - 1)
-    found = metrics.bootstrap(label, {"x": score, "same": score}, user, n=200, seed=seed)
-    for key in ("accuracy", "uauc"):
-        interval = found.intervals["x"][key]
-        assert interval.point == 0.5
-        assert interval.low < 0.5 < interval.high
-    assert {(each.low, each.high) for each in found.differences["same"].values()} == {(0.0, 0.0)}
+def test_rating_metrics_by_hand():
+    second = 1 / np.log2(3)
+    expected = {
+        "rmse": np.sqrt((0.5**2 + 1.5**2 + 1**2 + 0.7**2 + 1**2) / 5),
+        "mae": (0.5 + 1.5 + 1 + 0.7 + 1) / 5,
+        "exact": 1 / 5,  # half-way goes up: 4.5 is 5
+        "uauc": (0.5 + 1 + 1) / 3,
+        "ndcg@10": (3 + 3 * second) / (4 + 2 * second),  # two rows tie and share a mean gain of 3
+        "ece": (abs(-0.5 + 1.5) + 1 + 0.7 + 1) / 5,  # 4.5 twice in one bin
+    }
+    found = metrics.rating_metrics(RATING, SCORE, USER, STARS)
+    assert found == pytest.approx(expected)
+    assert tuple(found) == metrics.RATING_METRICS
+    answered = metrics.rating_metrics(RATING, SCORE, USER, STARS, [5, 3, 1, 3, 4])
+    assert answered == pytest.approx(expected | {"exact": 4 / 5})
 
 
-def test_bootstrap_of_identical_users_has_no_width():
-    label, user = np.tile([0, 1, 1], 5), np.repeat(np.arange(5), 3)
-    for interval in metrics.bootstrap(label, {"x": np.tile([0.2, 0.1, 3], 5)}, user, n=20).intervals["x"].values():
-        assert interval.low == pytest.approx(interval.point)
-        assert interval.high == pytest.approx(interval.point)
+def test_a_prediction_beyond_the_scale_is_in_the_outermost_bin():
+    # 7 and 5 are in the last bin, where the gaps of 2 and -2 meet.
+    found = metrics.rating_metrics([5, 5, 1], [7, 3 + 2 - 0.1, -1], [0, 0, 0], STARS)
+    assert found["ece"] == pytest.approx((abs(2 - 0.1) + 2) / 3)
+    assert found["exact"] == 1
 
 
-def test_bootstrap_does_not_depend_on_how_resamples_are_batched(monkeypatch):
-    label, score, user = sample(100, 9)
-    once = metrics.bootstrap(label, {"x": score}, user, n=25)
-    monkeypatch.setattr(metrics, "_CHUNK_CELLS", 700)
-    assert metrics.bootstrap(label, {"x": score}, user, n=25) == once
+def test_ratings_in_float32_are_on_their_scale():
+    scale = tuple(k / 10 for k in range(11))
+    rating = np.array(scale, dtype=np.float32)
+    assert metrics.rating_metrics(rating, rating, np.zeros(11), scale)["exact"] == 1
 
 
-def test_bootstrap_compares_a_ranking_on_what_it_has():
-    label, score, user = sample(100, 9)
-    found = metrics.bootstrap(label, {"x": score, "popularity": score}, user, n=5, ranking_only=["popularity"])
-    assert tuple(found.intervals["popularity"]) == tuple(found.differences["popularity"]) == metrics.RANKING_METRICS
+@pytest.mark.parametrize(
+    ("rating", "answer", "found"),
+    [
+        ([1, 2.5], None, "1 of 2 ratings are not on the scale 1, 2, 3, 4, 5, such as 2.5"),
+        ([1, np.nan], None, "1 of 2 ratings are not on the scale"),
+        ([1, 2], [0, 2], "1 of 2 answers are not on the scale 1, 2, 3, 4, 5, such as 0"),
+    ],
+)
+def test_ratings_that_cannot_be_measured_say_so_in_one_line(rating, answer, found):
+    with pytest.raises(DataError, match=found) as error:
+        metrics.rating_metrics(rating, [1, 2], [0, 0], STARS, answer)
+    assert "\n" not in str(error.value)
 
 
-def test_bootstrap_is_fast_enough_for_every_run():
-    label, score, user = sample(10_000, 900)
-    start = time.process_time()
-    metrics.bootstrap(label, {str(k): score + k for k in range(6)}, user, n=200)
-    assert time.process_time() - start < 6  # 30 s for 1000 resamples
+def test_ratings_agree_with_scikit_learn():
+    rng = np.random.default_rng(0)
+    rating, user = rng.integers(1, 6, 3000), rng.integers(0, 40, 3000)
+    score = (rating + rng.normal(size=3000)).round(1)
+    found = metrics.rating_metrics(rating, score, user, STARS)
+    assert found["rmse"] == pytest.approx(sklearn.metrics.root_mean_squared_error(rating, score))
+    assert found["mae"] == pytest.approx(sklearn.metrics.mean_absolute_error(rating, score))
+    best = np.floor(score + 0.5).clip(1, 5)
+    assert found["exact"] == pytest.approx(sklearn.metrics.accuracy_score(rating, best))
+    by_user = [sklearn.metrics.ndcg_score([rating[user == u] - 1], [score[user == u]], k=10) for u in range(40)]
+    assert found["ndcg@10"] == pytest.approx(np.mean(by_user))
+
+
+def test_two_ratings_rank_as_clicks_do():
+    label, score, user = sample(500, 20)
+    found = metrics.rating_metrics(np.where(label == 1, 5, 1), score, user, STARS)
+    assert found["uauc"] == metrics.click_metrics(label, score, user)["uauc"]
+
+
+ratings = st.lists(st.tuples(st.integers(0, 4), st.integers(-8, 40), st.integers(0, 3)), min_size=1, max_size=30)
+
+
+@given(ratings, st.sampled_from([0.5, 2, 8]), st.integers(-4, 4))
+def test_another_scale_changes_the_unit_of_errors_and_nothing_else(events, unit, shift):
+    place, eighths, user = np.array(events).T
+    scale = np.arange(5.0)
+    found = metrics.rating_metrics(scale[place], eighths / 8, user, scale)
+    moved = metrics.rating_metrics(scale[place] * unit + shift, eighths / 8 * unit + shift, user, scale * unit + shift)
+    in_points = {"rmse", "mae", "ece"}
+    expected = {key: value * unit if key in in_points else value for key, value in found.items()}
+    assert moved == pytest.approx(expected, nan_ok=True)
+
+
+@given(ratings)
+def test_the_absolute_error_lies_between_calibration_error_and_rmse(events):
+    place, eighths, user = np.array(events).T
+    found = metrics.rating_metrics(place + 1, eighths / 8, user, STARS)
+    assert found["ece"] <= found["mae"] + 1e-12
+    assert found["mae"] <= found["rmse"] + 1e-12
+
+
+def test_what_is_lower_the_better_is_a_metric():
+    known = {key for keys in metrics.METRICS.values() for key in keys}
+    assert metrics.LOWER_IS_BETTER - {"loss"} <= known
+    assert all(metrics.HEADLINE[task] in keys for task, keys in metrics.METRICS.items())
 
 
 def make_log(user, item, split, label=None) -> Log:

@@ -35,8 +35,19 @@ def tiny_log() -> Log:
     )
 
 
+STARS = (1.0, 2.0, 3.0, 4.0, 5.0)
+
+
+def tiny_ratings() -> Log:
+    """The same events as ratings, of which the labels are places in the scale."""
+    log = tiny_log()
+    assert log.rating is not None
+    return replace(log, label=(log.rating - 1).astype(np.int8), scale=STARS)
+
+
 def tiny_record() -> RunRecord:
     return RunRecord(
+        task="click",
         metrics={"test/auc": np.float64(0.75), "test/auc|cold_user": math.nan},
         intervals={"adapter": {"test/auc": [0.5, math.inf]}},
         differences={"bias": {"test/auc": {"difference": 0.1, "low": math.nan, "high": 0.2}}},
@@ -67,7 +78,9 @@ def test_predictions_hold_ids_labels_scores_and_slices() -> None:
     table = record.predictions(
         tiny_log(),
         np.array([2, 3, 4]),
-        model_score=np.array([0.5, -1.0, 0.25], dtype=np.float32),
+        task="click",
+        score=np.array([1.5, -1.0, -1.75]),
+        score_no_prior=np.array([0.5, -1.0, 0.25], dtype=np.float32),
         prior=np.array([1.0, 0.0, -2.0]),
         base_score=np.array([0.1, 0.2, 0.3], dtype=np.float32),
         baselines={"item_mean": np.array([7.0, 8.0, 9.0])},
@@ -81,6 +94,7 @@ def test_predictions_hold_ids_labels_scores_and_slices() -> None:
         "split": ["test", "valid", "test"],
         "score": [1.5, -1.0, -1.75],
         "prior": [1.0, 0.0, -2.0],
+        "score_no_prior": [0.5, -1.0, 0.25],
         "baseline/item_mean": [7.0, 8.0, 9.0],
         "slice/cold_item": [True, False, True],
         "slice/cold_user": [False, True, True],
@@ -89,24 +103,53 @@ def test_predictions_hold_ids_labels_scores_and_slices() -> None:
         "slice/tail": [False, False, False],
     }
     assert table["base_score"].to_list() == pytest.approx([0.1, 0.2, 0.3])
-    assert list(record.scorers(table)) == ["adapter", "adapter_no_prior", "base_model", "item_mean"]
+    found = record.scorers(table)
+    assert list(found) == ["adapter", "adapter_no_prior", "base_model", "item_mean"]
+    assert found["adapter_no_prior"].tolist() == [0.5, -1.0, 0.25]
+    assert record.answers(table) == {}
     assert list(record.members(table)) == ["cold_item", "cold_user", "popular", "mid", "tail"]
 
 
 def test_without_an_adapter_the_base_model_is_what_was_scored() -> None:
-    table = record.predictions(tiny_log(), [2], model_score=[0.5], prior=[0.25])
+    table = record.predictions(
+        tiny_ratings(), [2], task="rating", score=[3.5], answer=[4.0], score_no_prior=[3.25], prior=[0.25]
+    )
     assert list(record.scorers(table, trained=False)) == ["base_model", "base_model_no_prior"]
+    assert list(record.answers(table, trained=False)) == ["base_model"]
+
+
+def test_predictions_of_ratings_hold_no_label() -> None:
+    table = record.predictions(
+        tiny_ratings(),
+        [2, 4],
+        task="rating",
+        score=[3.5, 4.75],
+        answer=np.array([4.0, 5.0]),
+        score_no_prior=[3.0, 4.0],
+        prior=[3.6, 3.9],
+    )
+    assert table.drop(
+        "user_id", "item_id", "timestamp", "split", *[f"slice/{name}" for name in record.members(table)]
+    ).to_dict(as_series=False) == {
+        "rating": [4.0, 5.0],
+        "score": [3.5, 4.75],
+        "answer": [4.0, 5.0],
+        "prior": [3.6, 3.9],
+        "score_no_prior": [3.0, 4.0],
+    }
+    assert record.scorers(table)["adapter_no_prior"].tolist() == [3.0, 4.0]
+    assert record.answers(table)["adapter"].tolist() == [4.0, 5.0]
 
 
 def test_without_prior_base_or_baselines_the_adapter_stands_alone() -> None:
-    table = record.predictions(tiny_log(), [2], model_score=[0.5])
+    table = record.predictions(tiny_log(), [2], task="click", score=[0.5])
     assert list(record.scorers(table)) == ["adapter"]
-    assert table["prior"].to_list() == [0.0]
+    assert not {"prior", "score_no_prior", "base_score", "answer"} & set(table.columns)
 
 
 def test_prompt_records_have_no_item() -> None:
     log = replace(tiny_log(), item=np.full(5, -1, dtype=np.int32), items=pl.DataFrame(), rating=None)
-    table = record.predictions(log, [2, 4], model_score=[0.5, 1.0])
+    table = record.predictions(log, [2, 4], task="click", score=[0.5, 1.0])
     assert table["item_id"].to_list() == [None, None]
     assert "rating" not in table.columns
 
@@ -118,7 +161,9 @@ def test_prompt_records_have_no_item() -> None:
         max_size=5,
     )
 )
-def test_taking_the_prior_off_gives_the_models_own_score_exactly(pairs: list[tuple[float, float]]) -> None:
+def test_taking_the_prior_off_a_run_of_format_1_gives_the_models_own_score_exactly(
+    pairs: list[tuple[float, float]],
+) -> None:
     score, prior = (np.array(column) for column in zip(*pairs, strict=True))
     table = pl.DataFrame({"score": score + prior, "prior": prior})
     found = record.scorers(table)
@@ -129,7 +174,7 @@ def test_taking_the_prior_off_gives_the_models_own_score_exactly(pairs: list[tup
 
 
 def test_predictions_are_read_back_equal(tmp_path: Path) -> None:
-    table = record.predictions(tiny_log(), [2, 4], model_score=[0.1, 0.7], baselines={"bias": [0.3, 1 / 3]})
+    table = record.predictions(tiny_log(), [2, 4], task="click", score=[0.1, 0.7], baselines={"bias": [0.3, 1 / 3]})
     path = record.write_predictions(tmp_path, table)
     assert path == tmp_path / "predictions.parquet"
     assert record.read_predictions(tmp_path).equals(table)
@@ -143,7 +188,7 @@ def test_predictions_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"predictions.parquet: not a Parquet file"):
         record.read_predictions(tmp_path)
     pl.DataFrame({"user_id": [1], "label": [1]}).write_parquet(tmp_path / "predictions.parquet")
-    with pytest.raises(DataError, match=r"no column split, score, prior \(found user_id, label\)"):
+    with pytest.raises(DataError, match=r"no column split, score \(found user_id, label\)"):
         record.read_predictions(tmp_path)
 
 
@@ -151,7 +196,7 @@ def test_what_is_undefined_is_null_in_run_json(tmp_path: Path) -> None:
     path = record.write_record(tmp_path, tiny_record())
     content = json.loads(path.read_text(encoding="utf-8"))
     assert next(iter(content)) == "format"
-    assert content["format"] == 1
+    assert (content["format"], content["task"]) == (2, "click")
     assert content["metrics"] == {"test/auc": 0.75, "test/auc|cold_user": None}
     assert content["intervals"] == {"adapter": {"test/auc": [0.5, None]}}
     assert content["differences"]["bias"]["test/auc"] == {"difference": 0.1, "low": None, "high": 0.2}
@@ -176,8 +221,9 @@ def test_run_json_is_read_back(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "run.json: not JSON"),
-        ("[]", "run.json: format None; this version reads format 1"),
-        ('{"format": 2}', "run.json: format 2; this version reads format 1"),
+        ("[]", "run.json: format None; this version reads format 2"),
+        ('{"format": 3}', "run.json: format 3; this version reads format 2"),
+        ('{"format": 2}', "run.json: no key task, metrics, intervals"),
         ('{"format": 1}', "run.json: no key metrics, intervals"),
     ],
 )
@@ -187,14 +233,22 @@ def test_run_json_that_cannot_be_read(tmp_path: Path, content: str, message: str
         record.read_record(tmp_path)
 
 
+def test_a_run_of_format_1_was_of_clicks(tmp_path: Path) -> None:
+    path = record.write_record(tmp_path, tiny_record())
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["task"]
+    path.write_text(json.dumps({**content, "format": 1}), encoding="utf-8")
+    assert record.read_record(tmp_path).task == "click"
+
+
 def test_no_run_json(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"run.json: no such file; expected the output_dir of a finished peftrec run"):
         record.read_record(tmp_path)
 
 
-def test_data_facts_count_each_split() -> None:
+def tiny_source() -> Interactions:
     log = tiny_log()
-    interactions = Interactions(
+    return Interactions(
         events=pl.DataFrame(),
         user_ids=log.user_ids,
         items=log.items,
@@ -202,7 +256,24 @@ def test_data_facts_count_each_split() -> None:
         sha256="ab",
         warnings=("2 duplicate rows dropped",),
     )
-    facts = record.data_facts(interactions, log)
+
+
+def test_data_facts_of_ratings_count_each_rating() -> None:
+    facts = record.data_facts(tiny_source(), tiny_ratings(), "rating")
+    assert facts["scale"] == [1, 2, 3, 4, 5]
+    splits = facts["splits"]
+    assert [splits[name]["mean_rating"] for name in ("train", "valid", "test")] == [3.5, 1, 4.5]
+    assert splits["train"]["ratings"] == {"1": 0, "2": 1, "3": 0, "4": 0, "5": 1}
+    assert splits["test"]["ratings"] == {"1": 0, "2": 0, "3": 0, "4": 1, "5": 1}
+    assert "positives" not in splits["test"]
+    halves = replace(tiny_ratings(), scale=(0.5, *STARS), split=np.zeros(5, dtype=np.int8))
+    splits = record.data_facts(tiny_source(), halves, "rating")["splits"]
+    assert next(iter(splits["train"]["ratings"])) == "0.5"
+    assert splits["test"]["mean_rating"] is None
+
+
+def test_data_facts_count_each_split() -> None:
+    facts = record.data_facts(tiny_source(), tiny_log(), "click")
     assert facts == {
         "name": "films",
         "sha256": "ab",

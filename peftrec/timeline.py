@@ -106,9 +106,9 @@ def _sight(
     log: Log, row: np.ndarray, visible: np.ndarray, read: np.ndarray, ordered_ties: bool, shuffle: int | None = None
 ) -> Sight:
     if shuffle is not None:
-        # Which users' events come first does not matter; read events stay behind those that they see.
-        drawn = drawn_order(len(row), shuffle, "order of events")
-        order = np.lexsort((drawn, read & ~visible, log.user[row]))
+        # Each event has its place once and for all, whichever others are asked for; candidates stay behind.
+        place = np.argsort(drawn_order(len(log), shuffle, "order of events"))[row]
+        order = np.lexsort((place, read & ~visible, log.user[row]))
         row, visible, read = row[order], visible[order], read[order]
     time = np.arange(len(row), dtype=np.int64) if ordered_ties or shuffle is not None else log.timestamp[row]
     sight = Sight(row, log.user[row], time, visible, read)

@@ -22,7 +22,7 @@ from peftrec import Recommender, record, report
 
 ROOT = Path(__file__).parents[1]
 FINETUNE = ROOT / "recipes" / "finetune.py"
-CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*/*.yaml"))  # those beside the folders hold several recipes
 FOLDER = {"config.yaml", "run.json", "predictions.parquet", "figures", "adapter"}
 ADAPTER = {
     "adapter_config.json",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from peftrec import baselines, rating_baselines
+from peftrec import baselines, classical, rating_baselines
 from peftrec.baselines import Prior
 from peftrec.rating_baselines import RatingPrior
 
@@ -23,7 +23,8 @@ class Opponents:
     """Scores of every row of a log by counting alone, each knowing of a row what the model knows.
 
     Attributes:
-        scores: baseline -> (n,), those of the recipe and `global_mean`.
+        scores: baseline -> (n,), those of the recipe and `global_mean`; NaN where a library says nothing of training
+            rows.
         prior: what the model's score builds on, (n,), float32, or None.
         saved_prior: the same for whomever the adapter meets later, or None.
         settings: what was chosen for them on the validation rows.
@@ -41,8 +42,13 @@ def measure(log: Log, recipe: Recipe) -> Opponents:
     Args:
         log: all splits.
         recipe: its task, score, evaluation, order of training and seed count.
+
+    Raises:
+        ConfigError: a baseline needs a library that is not installed.
+        DataError: the log is too large for a baseline.
     """
     evaluation, kind = recipe.eval, recipe.score.prior
+    classical.check(evaluation.baselines)
     wanted = dict.fromkeys((*evaluation.baselines, "global_mean", *(() if kind == "none" else (kind,))))
     saved: Prior | RatingPrior | None = None
     if recipe.task == "click":
@@ -58,6 +64,8 @@ def measure(log: Log, recipe: Recipe) -> Opponents:
         if kind != "none":
             saved = rating_baselines.fit_prior(log, kind, ratings.settings, recipe.seed)
     prior = None if kind == "none" else found[kind].astype(np.float32)
+    others = classical.predict(log, evaluation.baselines, evaluation.history, evaluation.ties, recipe.task, recipe.seed)
+    found, settings = {**found, **others.scores}, {**settings, **dict(others.settings)}
     reported = {
         name: found[name] for name in wanted if name in found and (name != kind or name in evaluation.baselines)
     }

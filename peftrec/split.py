@@ -83,8 +83,9 @@ def split(interactions: Interactions, how: config.Split, seed: int) -> Log:
     order = sorted_order(events["user"].to_numpy(), events["timestamp"].to_numpy())
     user, time, item = (events[name].to_numpy()[order] for name in ("user", "timestamp", "item"))
     rating = events["rating"].to_numpy()[order] if "rating" in events.columns else None
+    liked_from: int | None = 1
     if "label" in events.columns:
-        label, liked_from = events["label"].to_numpy()[order], 1
+        label = events["label"].to_numpy()[order]
     else:
         assert rating is not None
         steps = np.asarray(interactions.scale) - 1e-6  # ratings are float32

@@ -1,11 +1,15 @@
 """Parameter-efficient fine-tuning of language models for recommendation.
 
-Exports load on first use, so that `import peftrec` and the command line start without torch.
+Exports load on first use, so that `import peftrec` and the command line start without torch. Once PEFT is imported, it
+knows the bottleneck adapters of `peftrec.bottleneck`.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+from peftrec.imports import after_import
 
 if TYPE_CHECKING:
     from peftrec.config import load_recipe
@@ -34,3 +38,22 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _add_bottleneck() -> None:
+    # A thread that imports the module now waits for PEFT's import to end, and that one must not wait for the thread.
+    if "peftrec.bottleneck" in sys.modules:
+        return
+    try:
+        import peftrec.bottleneck  # noqa: F401
+    except (ImportError, AttributeError, TypeError) as error:
+        import warnings
+
+        # PEFT stays usable without us.
+        warnings.warn(
+            f"peftrec: this peft cannot take bottleneck adapters ({error}); expected peft>=0.21,<0.22; install that",
+            stacklevel=2,
+        )
+
+
+after_import("peft", _add_bottleneck)

@@ -19,6 +19,7 @@ PACKAGE = Path(peftrec.__file__).parent
 # Data flows down this list, and a module imports only from above itself.
 ORDER = (
     "errors",
+    "imports",
     "schema",
     "compatibility",
     "config",
@@ -42,7 +43,9 @@ ORDER = (
     "timeline",
     "encode",
     "attention",
+    "heads",
     "backbone",
+    "bottleneck",
     "virtual_tokens",
     "adalora",
     "lora_start",

@@ -68,7 +68,7 @@ class Target:
         """Loss of each event, (...); `label` (...) is the index of its answer."""
         if self.task == "click":
             return F.binary_cross_entropy_with_logits(self.score(outputs, prior), label.float(), reduction="none")
-        if self.head == "linear" or self.loss == "squared_error":
+        if self.loss == "squared_error":
             return (self.score(outputs, prior) - self._scale(outputs)[label]) ** 2
         return F.cross_entropy(self._logits(outputs, prior), label, reduction="none")
 
@@ -138,7 +138,7 @@ def fit_target(
         return Target(task, head, loss, scale, (0.0,) * (1 if head == "linear" else 2))
     mean = float(np.asarray(scale)[label].mean())
     if head == "linear":
-        return Target(task, head, loss, scale, (mean,), 0.0 if prior is None else 1.0, mean)
+        return Target(task, head, "squared_error", scale, (mean,), 0.0 if prior is None else 1.0, mean)
     if prior is None:
         # The head itself learns how frequent each answer is.
         return Target(task, head, loss, scale, (0.0,) * len(scale), 0.0)

@@ -43,6 +43,7 @@ ORDER = (
     "timeline",
     "encode",
     "attention",
+    "quantized",
     "heads",
     "backbone",
     "bottleneck",

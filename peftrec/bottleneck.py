@@ -192,13 +192,16 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             total = total + self.bottleneck_config[name].scaling * self.bottleneck_up[name](inner)
         return total.to(output.dtype)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused.
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        """Refused, as `merge_adapter` and `merge_and_unload` are.
 
         Raises:
             ModelError: always.
         """
-        refuse_merge()
+        raise ModelError(
+            "bottleneck adapter: asked to merge; a bottleneck is not linear, so no weight of the base model can hold it; "
+            "keep base and adapter apart"
+        )
 
     def unmerge(self) -> None:
         """Nothing is ever merged."""
@@ -292,9 +295,6 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
             )
         return int(gives)
 
-    def _check_merge_allowed(self) -> None:
-        refuse_merge()
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If it alone was active, the first of the others becomes active."""
         others = [name for name in self.peft_config if name != adapter_name]
@@ -303,18 +303,6 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
             warnings.warn(f"{adapter_name} was active and is deleted; {others[0]} is active now", stacklevel=3)
             self.set_adapter(others[0])
         super().delete_adapter(adapter_name)
-
-
-def refuse_merge() -> NoReturn:
-    """Say why a bottleneck cannot become part of the base weights.
-
-    Raises:
-        ModelError: always.
-    """
-    raise ModelError(
-        "bottleneck adapter: asked to merge; a bottleneck is not linear, so no weight of the base model can hold it; "
-        "keep base and adapter apart"
-    )
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[BottleneckType.BOTTLENECK] = BottleneckConfig

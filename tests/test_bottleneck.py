@@ -570,7 +570,6 @@ class TestWhatWeUseOfPeft:
             (tuners_utils.BaseTuner, "_prepare_adapter_config", ["self", "peft_config", "model_config"]),
             (tuners_utils.BaseTuner, "_prepare_model", ["self", "peft_config", "model"]),
             (tuners_utils.BaseTuner, "_check_target_module_exists", ["peft_config", "key"]),
-            (tuners_utils.BaseTuner, "_check_merge_allowed", ["self"]),
             (tuners_utils.BaseTuner, "_replace_module", ["self", "parent", "child_name", "new_module", "child"]),
             (tuners_utils.BaseTuner, "delete_adapter", ["self", "adapter_name"]),
             (tuners_utils.BaseTuner, "set_adapter", ["self", "adapter_name", "inference_mode"]),

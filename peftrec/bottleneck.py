@@ -199,8 +199,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             ModelError: always.
         """
         raise ModelError(
-            "bottleneck adapter: asked to merge; a bottleneck is not linear, so no weight of the base model can hold it; "
-            "keep base and adapter apart"
+            "bottleneck adapter: asked to merge; a bottleneck is not linear, so no weight of the base model can hold "
+            "it; keep base and adapter apart"
         )
 
     def unmerge(self) -> None:

@@ -1,100 +1,326 @@
-"""Attach trainable parameters to a frozen base model."""
+"""Attach trainable parameters to a frozen base model, save them, and put them back.
+
+The same parameters have three forms: attached to a model; saved for others, in PEFT's own files (under `full` as the
+model's weights); and in a checkpoint, where training needs more than what is saved in the end.
+"""
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from peftrec import config
-from peftrec.errors import ModelError
+from peftrec import adalora, config, lora_start, methods, quantized, virtual_tokens
+from peftrec.compatibility import REFUSED_TYPES
+from peftrec.errors import ConfigError, ModelError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FULL = "model.safetensors"
+CHECKPOINT = "trained.safetensors"
+SAMPLED = 1024
+ALLOCATOR = "allocator:"  # in front of what AdaLoRA's schedule keeps in a checkpoint
+
+# What a broken file raises depends on what is wrong with it.
+BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OSError, SafetensorError)
 
 
-def attach(model: Any, adapter: config.Adapter, *, base_name: str, seed: int) -> Any:
-    """Freeze `model` and add the recipe's adapter to it.
+def attach(
+    model: Any,
+    adapter: config.Adapter,
+    *,
+    base_name: str,
+    seed: int,
+    steps: int | None = None,
+    original: Callable[[], Any] | None = None,
+) -> Any:
+    """Freeze `model` and add the recipe's adapter to it; under `full` it is the model itself that trains, in float32.
 
     Args:
-        model: a causal language model; it is changed in place.
+        model: a transformers model, changed in place. Of its parts only a head may be trainable; it is then trained and
+            saved with the adapter.
         adapter: the recipe's section; its method must train something.
         base_name: what the adapter's config shall name as its base model (a Hub id, never a local path).
         seed: seeds the adapter's initial weights.
+        steps: optimizer steps of the run (`adalora`).
+        original: loads the base model unquantized (variant `loftq`).
 
     Raises:
-        ModelError: `target_modules` match nothing in this model.
+        ConfigError: PEFT has no such method or setting, or it is none that can be trained here.
+        ModelError: `target_modules` match nothing in this model, or it is too small for the settings.
     """
-    from peft import LoraConfig, get_peft_model
-
-    assert adapter.method == "lora", adapter.method
+    assert adapter.method != "none"
     torch.manual_seed(seed)
-    targets = adapter.target_modules
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
-        lora_dropout=adapter.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_rslora=adapter.use_rslora,
-        use_dora=adapter.use_dora,
-    )
+    if adapter.method == "full":
+        return model.float().requires_grad_(True)
+    wanted = methods.peft_config(adapter, model, steps=steps)
+    before = [(p, _sample(p)) for p in model.parameters()]
     try:
-        attached = get_peft_model(model, lora)
-    except ValueError as error:
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise ModelError(
-            f"adapter.target_modules: {targets!r} matches nothing in {type(model).__name__}; "
-            f"use all-linear or some of {', '.join(linear)} ({' '.join(str(error).split())[:120]})"
-        ) from error
+        attached = _wrap(model, wanted)
+    except (ValueError, TypeError) as error:
+        raise ModelError(_no_place(model, adapter, error)) from error
+    there = {id(p) for p in attached.parameters()}
+    if any(id(p) not in there or not torch.equal(_sample(p), values) for p, values in before):
+        raise ConfigError(
+            f"adapter.fields: {adapter.peft_type} changes the base model's weights; expected an adapter that fits the "
+            "base model as it is; choose other settings, or a method of peftrec's own"
+        )
+    if adapter.variant == "pissa":
+        lora_start.from_principal_part(attached)
+    if adapter.variant == "loftq":
+        assert original is not None
+        lora_start.from_quantization_error(attached, original())
+    _check_trained(attached)
     attached.peft_config["default"].base_model_name_or_path = base_name
     return attached
 
 
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    """Bytes of a parameter that show whether somebody has changed it; quantized values need be no numbers."""
+    flat = parameter.detach().flatten()
+    return flat[:: max(1, len(flat) // SAMPLED)].clone().view(torch.uint8)
+
+
+def _wrap(model: Any, wanted: Any) -> Any:
+    """PEFT's model class for this task around `model`, with our forward where virtual tokens are put in front."""
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    made = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(wanted.task_type, PeftModel)
+    if wanted.is_prompt_learning:
+        made = virtual_tokens.with_virtual_tokens(made)
+    packed = set(map(id, quantized.layers(model).values()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        attached = made(model, wanted)
+    for name, parameter in attached.named_parameters():
+        if name.endswith(".ranknum.default"):  # AdaLoRA's constant, which PEFT thaws when it casts it to float32
+            parameter.requires_grad_(False)
+    for name, module in attached.named_modules():
+        if name.endswith("ln_tuning_layers.default"):
+            _in_float32(module)
+        if isinstance(module, BaseTunerLayer) and id(module.get_base_layer()) in packed:
+            # Some of PEFT's layers answer in float32, which the next layer cannot take.
+            module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+    return attached
+
+
+def _in_float32(norm: nn.Module) -> None:
+    """Let a trained layer norm reckon in float32 and answer in the type that it was asked in.
+
+    In bfloat16 the values next to 1 are 0.004 away: an optimizer's step would be lost. PEFT sees to this for all other
+    methods.
+    """
+    norm.float()
+    asked: list[torch.dtype] = []
+
+    def widen(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        asked.append(inputs[0].dtype)
+        return (inputs[0].float(), *inputs[1:])
+
+    norm.register_forward_pre_hook(widen)
+    norm.register_forward_hook(lambda _, inputs, output: output.to(asked.pop()))
+
+
+def _no_place(model: Any, adapter: config.Adapter, error: Exception) -> str:
+    said = methods.one_line(error)
+    if adapter.method == "other":
+        return f"adapter.fields: PEFT cannot put {adapter.peft_type} into {type(model).__name__} ({said}); change them"
+    if adapter.method in ("prefix", "prompt", "p_tuning"):
+        return f"adapter.method: {adapter.method} does not fit {type(model).__name__} ({said}); choose another one"
+    fitting = methods.is_norm if adapter.method == "ln_tuning" else methods.is_linear
+    also = "all-linear or " if adapter.method in ("lora", "adalora") else ""
+    return (
+        f"adapter.target_modules: {adapter.target_modules!r} matches nothing in {type(model).__name__}; use {also}some "
+        f"of {', '.join(methods.endings(model, fitting))} ({said})"
+    )
+
+
+def _check_trained(attached: Any) -> None:
+    trained = {name: p for name, p in attached.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ConfigError("adapter: nothing in it is trained; choose another method, or other settings")
+    coarse = next((n for n, p in trained.items() if p.dtype != torch.float32 and "modules_to_save" not in n), None)
+    if coarse:
+        raise ConfigError(
+            f"adapter: PEFT trains {coarse} in {str(trained[coarse].dtype).removeprefix('torch.')}, whose values are "
+            "too far apart for an optimizer's steps; set model.dtype: float32"
+        )
+
+
+# --- for others -------------------------------------------------------------------------------------------------------
+
+
 def save(model: Any, folder: str | Path) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` to `folder`.
+    """Write the adapter to `folder`, as PEFT does; of a model without adapter, the weights of the whole model.
+
+    A PiSSA adapter is written as the plain LoRA update that it is to the base model.
 
     The embedding layers are never part of the adapter, and saying so keeps PEFT from asking the Hub about the base
     model's vocabulary: a finished run must not be lost to a network error.
     """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not hasattr(model, "peft_config"):
+        _write({name: p.detach() for name, p in model.named_parameters()}, folder / FULL)
+        return
+    from peft import get_peft_model_state_dict
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.save_pretrained(folder, save_embedding_layers=False)
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    described = copy.deepcopy(model.peft_config["default"])
+    described.inference_mode = True
+    lora_start.plain_lora(model, described, state)
+    _write(state, folder / WEIGHTS)
+    described.save_pretrained(str(folder))
+
+
+def _write(state: dict[str, torch.Tensor], path: Path) -> None:
+    # The format refuses tensors that share memory or are views.
+    save_file({name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, path, {"format": "pt"})
 
 
 def load(model: Any, folder: str | Path) -> Any:
-    """Put a saved adapter onto its base model, for inference.
+    """Put what `save` wrote onto its base model, for inference.
 
     Raises:
-        ModelError: the folder holds no adapter that can be read, or its weights do not fit this model.
+        ModelError: the folder holds nothing that can be read, or its weights do not fit this model.
     """
-    from peft import PeftConfig, PeftModel
-    from safetensors import SafetensorError
-
     folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder}: no adapter_config.json; expected a folder that a peftrec run wrote (RUN/adapter)")
-    # What a broken file raises depends on what is wrong with it.
-    broken = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OSError, SafetensorError)
+    if (folder / FULL).is_file() and not (folder / CONFIG).is_file():
+        return _load_full(model, folder)
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"{folder}: no {CONFIG}; expected a folder that a peftrec run wrote (RUN/adapter)")
+    from peft import get_peft_model_state_dict
+
+    expected = _read_config(folder)
     try:
-        expected = PeftConfig.from_pretrained(str(folder))
-    except broken as error:
+        loaded = _wrap(model, expected)
+        found = _names(folder / WEIGHTS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wanted = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
+            if found == wanted:
+                loaded.load_adapter(str(folder), "default", torch_device=str(model.device))
+    except BROKEN as error:
         raise ModelError(
-            f"{folder}/adapter_config.json: cannot be read ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:160]}); expected what PEFT wrote; fetch the adapter again"
+            f"{folder}: the adapter does not fit {type(model).__name__} ({methods.one_line(error)}); load it on the "
+            "base model that peftrec.json names"
         ) from error
-    try:
-        loaded = PeftModel(model, expected)
-        missing = loaded.load_adapter(str(folder), "default")
-    except broken as error:
-        raise ModelError(
-            f"{folder}: the adapter does not fit {type(model).__name__} ({' '.join(str(error).split())[:200]}); "
-            "load it on the base model that peftrec.json names"
-        ) from error
-    lost = [key for key in missing.missing_keys if "lora_" in key]
-    if lost or missing.unexpected_keys:
-        keys = [*lost, *missing.unexpected_keys]
-        raise ModelError(f"{folder}: {len(keys)} keys missing or unexpected, e.g. {keys[0]}; the file is not whole")
+    _check_names(folder / WEIGHTS, found, set(wanted))
     return loaded.eval()
+
+
+def _read_config(folder: Path) -> Any:
+    from peft import PeftConfig
+
+    path = folder / CONFIG
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = PeftConfig.from_pretrained(str(folder))
+        kind = str(found.peft_type.value)
+    except BROKEN as error:
+        raise ModelError(
+            f"{path}: cannot be read ({type(error).__name__}: {methods.one_line(error)}); expected what PEFT wrote; "
+            "fetch the adapter again"
+        ) from error
+    # A stranger's file must name neither code nor further files.
+    if kind in REFUSED_TYPES or getattr(found, "megatron_config", None):
+        what = kind if kind in REFUSED_TYPES else "a megatron_config"
+        raise ModelError(f"{path}: {what}; expected a method that peftrec trains; use PEFT itself")
+    # With this no method looks for what its training started from, such as a text and its tokenizer.
+    found.inference_mode = True
+    if found.is_prompt_learning:  # these follow from the model, and those of another one shall not fit
+        found.num_layers = found.token_dim = found.num_attention_heads = None
+    return found
+
+
+def _load_full(model: Any, folder: Path) -> Any:
+    path = folder / FULL
+    model = model.float()
+    parameters = dict(model.named_parameters())
+    try:
+        found = _names(path)
+        if found == parameters.keys():
+            _copy(load_file(path), parameters)
+    except BROKEN as error:
+        raise ModelError(
+            f"{path}: the weights do not fit {type(model).__name__} ({methods.one_line(error)}); load them on the base "
+            "model that peftrec.json names"
+        ) from error
+    _check_names(path, found, set(parameters))
+    return model.eval()
+
+
+def _names(path: Path) -> set[str]:
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
+
+
+def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
+    odd = sorted(found ^ expected)
+    if odd:
+        raise ModelError(f"{path}: {len(odd)} keys missing or unexpected, e.g. {odd[0]}; the file is not whole")
+
+
+def _copy(state: dict[str, torch.Tensor], into: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in into.items():
+            if tensor.shape != state[name].shape:
+                raise ValueError(f"{name} is {tuple(state[name].shape)}, the model's is {tuple(tensor.shape)}")
+            tensor.copy_(state[name])
+
+
+# --- in a checkpoint --------------------------------------------------------------------------------------------------
+
+
+def training_state(model: Any) -> dict[str, torch.Tensor]:
+    """Everything that training changes or that it started from at random, by name.
+
+    PEFT's own files do not do for this: they lack the networks through which virtual tokens are trained, and what
+    AdaLoRA has pruned or measured.
+    """
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    state |= lora_start.fixed_halves(model)
+    if adalora.is_adaptive(model):
+        state |= {ALLOCATOR + name: tensor for name, tensor in adalora.allocator_state(model).items()}
+    return state
+
+
+def save_checkpoint(model: Any, folder: str | Path) -> None:
+    """Write `training_state` to `folder`."""
+    _write(training_state(model), Path(folder) / CHECKPOINT)
+
+
+def load_checkpoint(model: Any, folder: str | Path) -> None:
+    """Put back what `save_checkpoint` wrote, onto a model with the same adapter attached.
+
+    Raises:
+        ModelError: the file cannot be read, or is that of another adapter.
+    """
+    path = Path(folder) / CHECKPOINT
+    into = {name: tensor for name, tensor in training_state(model).items() if not name.startswith(ALLOCATOR)}
+    try:
+        state = load_file(path, device=str(model.device))
+        allocator = {n.removeprefix(ALLOCATOR): state.pop(n) for n in list(state) if n.startswith(ALLOCATOR)}
+        if state.keys() == into.keys():
+            _copy(state, into)
+    except BROKEN as error:
+        raise ModelError(f"{path}: cannot be used ({methods.one_line(error)}); remove this checkpoint") from error
+    _check_names(path, set(state), set(into))
+    if adalora.is_adaptive(model):
+        adalora.restore_allocator(model, allocator)
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def trainable_parameters(model: Any) -> int:
@@ -103,5 +329,6 @@ def trainable_parameters(model: Any) -> int:
 
 
 def file_bytes(folder: str | Path) -> int:
-    """Size of the saved adapter weights, bytes."""
-    return (Path(folder) / "adapter_model.safetensors").stat().st_size
+    """Size of what `save` wrote, bytes, without its config."""
+    found = (Path(folder) / name for name in (WEIGHTS, FULL))
+    return next(path.stat().st_size for path in found if path.is_file())

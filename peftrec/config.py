@@ -17,6 +17,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from peftrec import compatibility
 from peftrec.errors import ConfigError
 from peftrec.schema import Check, Reader, dump_yaml, leaves, override, read_yaml, show
 
@@ -49,6 +50,9 @@ Count = Annotated[int, Check("a whole number from 1", lambda n: n >= 1)]
 Positive = Annotated[float, Check("a number above 0", lambda x: x > 0)]
 NotNegative = Annotated[float, Check("a number from 0", lambda x: x >= 0)]
 Share = Annotated[float, Check("a share between 0 and 1, both excluded", lambda x: 0 < x < 1)]
+StepsOrShare = Annotated[
+    float, Check("a share below 1 or a whole number of steps", lambda x: 0 <= x < 1 or (x >= 1 and x == int(x)))
+]
 Text = Annotated[str, Check("text that is not empty", lambda text: bool(text.strip()))]
 Template = Annotated[
     str, Check("a template with plain {column} names, as in '{title} ({year})'; write {{ for a brace", _is_template)
@@ -99,7 +103,8 @@ class Data:
     columns: dict[str, Text] = field(default_factory=dict)
     """Our column name -> the name in the files, as in `{user_id: uid, item_id: movieId}`."""
     like_at: float | None = None
-    """A rating from here on is label 1; needed where the table has ratings and no labels."""
+    """A rating from here on is liked. Clicks need it where the table has ratings and no labels; ratings need it for
+    `prompt.history: liked` only."""
     rating_range: (
         Annotated[list[float], Check("two numbers, lowest and highest", lambda r: len(r) == 2 and r[0] < r[1])] | None
     ) = None
@@ -118,8 +123,9 @@ class Prompt:
     """One text per user with an answer read at every event, or one prompt per event to score."""
     item: Template = "{title}"
     """An item as text, over the columns of the items table."""
-    header: str = "What this person rated, oldest first, and whether they liked each:\n"
-    """Text before the first event, word for word; a line break is added if it ends in none."""
+    header: str | None = None
+    """Text before the first event, word for word; a line break is added if it ends in none. Null says in one line what
+    the answers mean, by the task."""
     history: Literal["all", "liked"] = "all"
     """Whether earlier events that were not liked are shown."""
     max_tokens: Annotated[int, Check("a whole number from 16", lambda n: n >= 16)] = 1024
@@ -130,11 +136,9 @@ class Prompt:
     """Most events shown before the one to score (pointwise); null shows as many as fit."""
     template: Template | None = None
     """The whole prompt (pointwise), with {history} and {item}, or {instruction} and {input} for records."""
-    answers: Annotated[
-        list[Text],
-        Check("two different answers, first for not liked, then for liked", lambda a: len(a) == len(set(a)) == 2),
-    ] = field(default_factory=lambda: [" no", " yes"])
-    """Answer texts for label 0 and label 1; a leading space is part of the token."""
+    answers: Annotated[list[Text], Check("at least two answers", lambda a: len(a) > 1), Distinct] | None = None
+    """One answer text for not liked and one for liked, or one for each rating from the lowest; a leading space is part
+    of the token. Null takes no and yes, or the ratings as the tokenizer can write them in one token."""
 
 
 @dataclass(frozen=True)
@@ -146,39 +150,101 @@ class Model:
     revision: Text | None = None
     """Commit, tag or branch on the Hub; null is the main branch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type of the base weights."""
+    """Type of the base weights; of a quantized model's, the type of the computation and of what stays whole."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention code of transformers."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; only the command line may say so, never a file."""
+    load_in_4bit: bool = False
+    """Quantize the linear layers to 4 bits; the adapter also fits the model as it is."""
+    load_in_8bit: bool = False
+    """Quantize the linear layers to 8 bits; the adapter also fits the model as it is."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 16 values of 4 bits: those of a normal distribution, or floating point (4-bit)."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantize the scales too, which saves another 0.4 bits a weight (4-bit)."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is trained; the names are those of PEFT."""
+    """What is trained; the names are those of PEFT. docs/methods.md says which keys belong to which method."""
 
-    method: Literal["lora", "none"] = "lora"
-    """`none` leaves the base model as it is."""
+    method: Literal[
+        "lora",
+        "adalora",
+        "bottleneck",
+        "prefix",
+        "prompt",
+        "p_tuning",
+        "ia3",
+        "ln_tuning",
+        "full",
+        "other",
+        "none",
+    ] = "lora"
+    """`full` trains all weights of the base model, `other` is any method of PEFT, `none` leaves the base model as it
+    is."""
+    variant: Literal["plain", "rslora", "dora", "pissa", "loftq", "houlsby", "pfeiffer", "parallel"] | None = None
+    """Kind of `lora` (plain to loftq; null is plain) or of `bottleneck` (houlsby to parallel; null is houlsby)."""
     r: Count = 16
     """Rank of the update."""
     lora_alpha: Count = 32
-    """Scale: the update is multiplied by lora_alpha / r."""
+    """Scale: the update is multiplied by lora_alpha / r (by lora_alpha alone under `adalora`)."""
     lora_dropout: Annotated[float, Check("a share from 0 to below 1", lambda x: 0 <= x < 1)] = 0.0
     """Share of the adapter's inputs dropped in training."""
-    target_modules: Text | Annotated[list[Text], Check("at least one module name", bool), Distinct] = "all-linear"
-    """Layers that get an adapter: all-linear, a regular expression, or a list of name endings."""
-    use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
-    use_dora: bool = False
-    """Train direction and magnitude apart (DoRA, arXiv:2402.09353)."""
+    target_modules: Text | Annotated[list[Text], Check("at least one module name", bool), Distinct] | None = None
+    """Layers that get an adapter: all-linear, a regular expression, or a list of name endings. Null is all-linear for
+    `lora`, and what PEFT has for the architecture elsewhere."""
+    init_r: Count = 24
+    """Rank of each layer at the start (`adalora`)."""
+    target_r: Count = 16
+    """Mean rank of all layers at the end (`adalora`)."""
+    tinit: StepsOrShare = 0.1
+    """Steps before the first rank is taken away: below 1 a share of the run (`adalora`)."""
+    tfinal: StepsOrShare = 0.3
+    """Steps after the last one: below 1 a share of the run (`adalora`)."""
+    deltaT: Count = 1  # noqa: N815 (PEFT's name)
+    """Steps from one allocation of ranks to the next (`adalora`)."""
+    orth_reg_weight: NotNegative = 0.5
+    """Weight of what keeps an update's directions apart, added to the loss (`adalora`)."""
+    reduction_factor: Count = 16
+    """Width of the layer divided by that of the bottleneck."""
+    non_linearity: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    """Between the bottleneck's two matrices."""
+    dropout: Annotated[float, Check("a share from 0 to below 1", lambda x: 0 <= x < 1)] = 0.0
+    """Share of the bottleneck's units dropped in training."""
+    num_virtual_tokens: Count = 20
+    """Trained tokens in front of the prompt."""
+    prefix_projection: bool = False
+    """Train the prefix through a network of two layers, which is not saved."""
+    prompt_tuning_init: Literal["SAMPLE_VOCAB", "RANDOM"] = "SAMPLE_VOCAB"
+    """Start from embeddings of words drawn by the seed, or from noise (`prompt`)."""
+    encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
+    """Network through which the virtual tokens are trained (`p_tuning`)."""
+    encoder_hidden_size: Count | None = None
+    """Width of that network (`prefix` with projection, `p_tuning`); null is the model's own."""
+    encoder_num_layers: Count = 2
+    """Layers of the LSTM (`p_tuning`)."""
+    feedforward_modules: Text | Annotated[list[Text], Distinct] | None = None
+    """Those of target_modules whose inputs are scaled, not their outputs (`ia3`)."""
+    peft_type: Text | None = None
+    """PEFT's name of the method (`other`)."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Settings of that method under PEFT's names (`other`)."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What is added to the model's own score."""
+    """How the model's output becomes a score, and what it is trained to."""
 
-    prior: Literal["none", "bias"] = "none"
-    """`bias`: the model learns what the closed-form user and item bias leaves over."""
+    head: Literal["tokens", "classifier", "linear"] = "tokens"
+    """Answer tokens through the model's own output matrix, one trained output for each answer, or a single trained
+    output: the log-odds of a click, or the rating."""
+    loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
+    """Of the answers' probabilities, or of the expected rating."""
+    prior: Literal["none", "bias", "mf"] = "none"
+    """`bias`: the model learns what the closed-form user and item bias leaves over; `mf` (ratings): what matrix
+    factorisation does."""
 
 
 @dataclass(frozen=True)
@@ -193,9 +259,7 @@ class Train:
     """Peak learning rate."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
     """Course of the learning rate."""
-    warmup_steps: Annotated[
-        float, Check("a share below 1 or a whole number of steps", lambda x: 0 <= x < 1 or (x >= 1 and x == int(x)))
-    ] = 0.05
+    warmup_steps: StepsOrShare = 0.05
     """Steps of rising learning rate: below 1 a share of the run, else a number of steps."""
     weight_decay: NotNegative = 0.0
     """Weight decay of AdamW."""
@@ -209,7 +273,10 @@ class Train:
     """Validation passes spread over the run; each also saves a checkpoint."""
     early_stopping_patience: Count | None = None
     """Stop after this many validation passes without a better one; null never stops early."""
-    metric_for_best_model: Literal["loss", "auc", "uauc"] = "loss"
+    order: Literal["time", "random"] = "time"
+    """A training event sees the events before it in time, or any others of its user in an order drawn by the seed: for
+    random folds, where a row to predict knows later events too."""
+    metric_for_best_model: Literal["loss", "auc", "uauc", "rmse", "mae"] = "loss"
     """Validation metric that chooses the checkpoint to keep."""
     logging_steps: Count = 10
     """Optimiser steps between two logged training losses."""
@@ -235,10 +302,11 @@ class Eval:
         default_factory=lambda: ["cold_item", "cold_user", "popularity"]
     )
     """Groups of test rows reported apart."""
-    baselines: Annotated[list[Literal["item_mean", "bias", "popularity"]], Distinct] = field(
-        default_factory=lambda: ["item_mean", "bias", "popularity"]
-    )
-    """Closed-form scorers reported beside the model."""
+    baselines: Annotated[
+        list[Literal["user_mean", "item_mean", "bias", "mf", "item_knn", "svd", "svdpp", "popularity"]], Distinct
+    ] = field(default_factory=lambda: ["item_mean", "bias", "popularity"])
+    """Scorers reported beside the model. `user_mean` and `mf` (matrix factorisation by alternating least squares) are
+    for ratings; `item_knn`, `svd` and `svdpp` need the extra: pip install 'peftrec[baselines]'."""
     base_model: bool = True
     """Also score the base model without the adapter."""
     max_valid_rows: Count | None = None
@@ -255,8 +323,8 @@ class Eval:
 class Recipe:
     """One run, complete: the same recipe, data and versions give the same adapter."""
 
-    task: Literal["click"] = "click"
-    """What is predicted."""
+    task: Literal["click", "rating"] = "click"
+    """What is predicted: whether an item is liked, or its rating."""
     data: Data
     """Tables, labels and split."""
     prompt: Prompt = field(default_factory=Prompt)
@@ -276,6 +344,27 @@ class Recipe:
     seed: Annotated[int, Check("a whole number from 0 to 2**32 - 1", lambda n: 0 <= n < 2**32)] = 13
     """Seed of everything random."""
 
+
+METHOD_KEYS = {
+    "lora": ("variant", "r", "lora_alpha", "lora_dropout", "target_modules"),
+    "adalora": (
+        *("init_r", "target_r", "lora_alpha", "lora_dropout", "target_modules"),
+        *("tinit", "tfinal", "deltaT", "orth_reg_weight"),
+    ),
+    "bottleneck": ("variant", "reduction_factor", "non_linearity", "dropout", "target_modules"),
+    "prefix": ("num_virtual_tokens", "prefix_projection", "encoder_hidden_size"),
+    "prompt": ("num_virtual_tokens", "prompt_tuning_init"),
+    "p_tuning": (
+        *("num_virtual_tokens", "encoder_reparameterization_type"),
+        *("encoder_hidden_size", "encoder_num_layers"),
+    ),
+    "ia3": ("target_modules", "feedforward_modules"),
+    "ln_tuning": ("target_modules",),
+    "full": (),
+    "other": ("peft_type", "fields"),
+    "none": (),
+}
+"""The keys of the section `adapter` that each method has, beside `method`."""
 
 _TABLE_COLUMNS = ("user_id", "item_id", "timestamp", "rating", "label", "title", "instruction", "input", "output")
 _FILE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".pq", ".json", ".jsonl", ".ndjson")
@@ -331,7 +420,7 @@ def _plain(section: Any, prefix: str, idle: Mapping[str, str]) -> dict[str, Any]
         if dataclasses.is_dataclass(value):
             value = _plain(value, f"{key}.", idle)
         if value is not None and value != {} and key not in idle:
-            values[one.name] = copy.copy(value)
+            values[one.name] = copy.deepcopy(value)
     return values
 
 
@@ -357,6 +446,7 @@ def _checked(reader: Reader, recipe: Recipe) -> Recipe:
 def _idle(recipe: Recipe) -> dict[str, str]:
     """Keys that do nothing in this recipe -> the key whose value makes them so."""
     data, kind, layout = recipe.data, recipe.data.split.kind, recipe.prompt.layout
+    four_bits, method = recipe.model.load_in_4bit, recipe.adapter.method
     source = "data.interactions" if data.interactions else "data.records"
     own_files = isinstance(data.records, dict) or (data.interactions or data.records or "").lower().endswith(
         _FILE_SUFFIXES
@@ -374,20 +464,70 @@ def _idle(recipe: Recipe) -> dict[str, str]:
         (layout == "timeline", "prompt.layout", "prompt.template prompt.max_history"),
         (layout == "pointwise", "prompt.layout", "prompt.overlap"),
         (recipe.prompt.template, "prompt.template", "prompt.header"),
-        (recipe.adapter.method == "none", "adapter.method", " ".join(leaves(Adapter, "adapter.")).partition(" ")[2]),
-        (recipe.adapter.method == "none", "adapter.method", " ".join(leaves(Train, "train.")) + " eval.base_model"),
+        (not four_bits, "model.load_in_4bit", "model.bnb_4bit_quant_type model.bnb_4bit_use_double_quant"),
+        (True, "adapter.method", " ".join(f"adapter.{name}" for name in _of_other_methods(method))),
+        (
+            method == "prefix" and not recipe.adapter.prefix_projection,
+            "adapter.prefix_projection",
+            "adapter.encoder_hidden_size",
+        ),
+        (
+            method == "p_tuning" and recipe.adapter.encoder_reparameterization_type == "MLP",
+            "adapter.encoder_reparameterization_type",
+            "adapter.encoder_num_layers",
+        ),
+        (method == "none", "adapter.method", " ".join(leaves(Train, "train.")) + " eval.base_model"),
         (recipe.train.lr_scheduler_type == "constant", "train.lr_scheduler_type", "train.warmup_steps"),
+        (recipe.score.head == "linear", "score.head", "score.loss"),
+        (recipe.score.head != "tokens", "score.head", "eval.base_model"),
+        (recipe.task == "rating" and recipe.prompt.history == "all", "prompt.history", "data.like_at"),
         (recipe.train.evals == 0, "train.evals", "train.early_stopping_patience train.metric_for_best_model"),
     )
     return {key: decider for applies, decider, keys in cases if applies for key in keys.split()}
+
+
+def _of_other_methods(method: str) -> list[str]:
+    """Keys of the section `adapter` that `method` does not have."""
+    return [one.name for one in dataclasses.fields(Adapter) if one.name not in ("method", *METHOD_KEYS[method])]
 
 
 def _conflicts(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], str]]:
     """Values that cannot work together: the key to name, the other keys involved, and the error text."""
     yield from _data_conflicts(recipe.data)
     yield from _prompt_conflicts(recipe)
-    if recipe.score.prior == "bias" and recipe.data.records is not None:
-        yield "score.prior", ("data.records",), "bias; records have no items to estimate a bias of; set it to none"
+    yield from _task_conflicts(recipe)
+    yield from compatibility.conflicts(recipe)
+    if recipe.score.prior != "none" and recipe.data.records is not None:
+        text = f"{recipe.score.prior}; records have no items to count the ratings of; set it to none"
+        yield "score.prior", ("data.records",), text
+    if recipe.model.load_in_4bit and recipe.model.load_in_8bit:
+        text = "true, and model.load_in_4bit too; expected one of them at most; remove the other"
+        yield "model.load_in_8bit", ("model.load_in_4bit",), text
+    if recipe.train.order == "random" and recipe.eval.history == "streaming":
+        text = "random; it lets a training event see later ones, which no streaming row can; set eval.history: frozen"
+        yield "train.order", ("eval.history",), text
+
+
+def _task_conflicts(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    choice, answers = recipe.train.metric_for_best_model, recipe.prompt.answers
+    if recipe.task == "click":
+        if recipe.score.loss == "squared_error":
+            yield "score.loss", ("task",), "squared_error; clicks have no distances; set task: rating, or cross_entropy"
+        if recipe.score.prior == "mf":
+            yield "score.prior", ("task",), "mf; it factorises ratings; set task: rating, or the prior to bias"
+        for name in ("user_mean", "mf"):
+            if name in recipe.eval.baselines:
+                yield "eval.baselines", ("task",), f"{name}; it predicts ratings; set task: rating, or leave it out"
+        if answers is not None and len(answers) != 2:
+            text = f"{show(answers)}; expected two for clicks, first for not liked, then for liked"
+            yield "prompt.answers", ("task",), text
+    elif recipe.prompt.history == "liked" and recipe.data.like_at is None and recipe.data.name is None:
+        text = "missing; prompt.history: liked needs to know which ratings are liked: set it to the lowest of them"
+        yield "data.like_at", ("prompt.history", "data", "task"), text
+    allowed = {"click": ("loss", "auc", "uauc"), "rating": ("loss", "rmse", "mae", "uauc")}[recipe.task]
+    if choice not in allowed:
+        text = f"{choice}; task: {recipe.task} has {', '.join(allowed)}; choose one of them"
+        yield "train.metric_for_best_model", ("task",), text
 
 
 def _data_conflicts(data: Data) -> Iterator[tuple[str, tuple[str, ...], str]]:

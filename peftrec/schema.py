@@ -194,6 +194,11 @@ def convert(value: Any, hint: Any) -> Any:
     Raises:
         ValueError: what was found and what was expected.
     """
+    if hint is Any:
+        try:
+            return _plain_data(value)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
     members = _members(hint)
     if len(members) > 1 and type(value) not in members:
         raise ValueError(f"{show(value)}; expected {' or '.join(_WORDS[member] for member in members)}")
@@ -221,6 +226,22 @@ def convert(value: Any, hint: Any) -> Any:
         return _number(value, shape)
     quotes = "; put it in quotes" if shape is str and isinstance(value, (bool, int, float, dict)) else ""
     raise ValueError(f"{show(value)}; expected {_WORDS[shape]}{quotes}")
+
+
+def _plain_data(value: Any) -> Any:
+    """`value`, if it is what a file can hold: text, true or false, null, or lists and mappings of these.
+
+    Numbers stay, or become, the text that they are in a file: whoever knows the type says what they are.
+    """
+    if isinstance(value, (list, tuple)):
+        return [_plain_data(one) for one in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _plain_data(one) for key, one in value.items()}
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, (int, float)):
+        return str(value)
+    raise ValueError(f"{show(value)}; expected text, a number, true, false, null, a list or a mapping")
 
 
 def _choice(value: Any, choices: tuple[str, ...]) -> str:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def file_problems(path: Path, *overrides: str) -> list[str]:
 def test_smallest_recipe_has_the_defaults() -> None:
     recipe = parse_recipe(SMALL, "x.yaml")
     assert recipe == config.Recipe(data=config.Data(name="ml-100k"), output_dir="runs/x")
-    assert (recipe.task, recipe.seed, recipe.prompt.answers) == ("click", 13, [" no", " yes"])
+    assert (recipe.task, recipe.seed, recipe.prompt.answers) == ("click", 13, None)
     assert (recipe.train.learning_rate, recipe.train.warmup_steps, recipe.data.split.kind) == (5e-4, 0.05, "temporal")
 
 
@@ -142,7 +142,7 @@ WRONG_VALUES = [
     ({"output_dir": None}, "output_dir: missing; it has no default: add it"),
     ({"output_dir": " "}, "output_dir: ' '; expected text that is not empty"),
     ({"output_dir": 3}, "output_dir: 3; expected text; put it in quotes"),
-    ({"task": "rating"}, "task: 'rating'; expected click"),
+    ({"task": "ratings"}, "task: 'ratings'; expected one of click, rating; did you mean rating?"),
     ({"seed": -1}, "seed: -1; expected a whole number from 0 to 2**32 - 1"),
     ({"seed": "1.5"}, "seed: '1.5'; expected a whole number"),
     ({"seed": 10**400}, "seed: "),
@@ -166,8 +166,8 @@ WRONG_VALUES = [
     ({"eval__slices": ["cold_usr"]}, "eval.slices: 'cold_usr'; expected one of cold_item, cold_user, popularity; did"),
     ({"eval__slices": "cold_user"}, "eval.slices: 'cold_user'; expected a list"),
     ({"eval__bootstrap": -1}, "eval.bootstrap: -1; expected a whole number from 0"),
-    ({"prompt__answers": [" no"]}, "prompt.answers: [' no']; expected two different answers, first for not liked"),
-    ({"prompt__answers": [" a", " a"]}, "prompt.answers: [' a', ' a']; expected two different answers"),
+    ({"prompt__answers": [" no"]}, "prompt.answers: [' no']; expected at least two answers"),
+    ({"prompt__answers": [" a", " a"]}, "prompt.answers: [' a', ' a']; expected each at most once"),
     ({"prompt__answers": ["", " yes"]}, "prompt.answers: ''; expected text that is not empty"),
     ({"prompt__answers": [False, True]}, "prompt.answers: false; expected text; put it in quotes"),
     ({"prompt__item": "film"}, "prompt.item: 'film'; expected a template with plain {column} names"),
@@ -235,7 +235,7 @@ def test_records_bring_their_own_prompts_and_split() -> None:
         ({"prompt__history": "liked"}, "prompt.history: does nothing under data.records: a.jsonl; remove it, or"),
         ({"prompt__template": "{item}"}, "prompt.template: '{item}'; records have {instruction} and {input} only"),
         ({"data__hub_revision": "a"}, "data.hub_revision: does nothing under data.records: a.jsonl; remove it, or"),
-        ({"score__prior": "bias"}, "score.prior: bias; records have no items to estimate a bias of; set it to none"),
+        ({"score__prior": "bias"}, "score.prior: bias; records have no items to count the ratings of; set it to none"),
         ({"data__records": {"train": "a", "test": "b"}}, "data.records: {'test': 'b', 'train': 'a'}; expected the thr"),
         ({"data__records": ["a"]}, "data.records: ['a']; expected text or a mapping"),
     ],
@@ -346,13 +346,13 @@ def test_bad_overrides_name_the_command_line(tmp_path: Path) -> None:
     assert file_problems(path, *arguments, "--trian.evals=1", "--eval.ties", "--seed", "1", "--a.b.c=1") == [
         "command line: train.learning_rte: unknown key; did you mean learning_rate?",
         "command line: seed: expected --section.key VALUE; put text that holds blanks in quotes",
-        "command line: adapter: a section; expected one of its keys: adapter.method, adapter.r, adapter.lora_alpha, "
-        "adapter.lora_dropout, adapter.target_modules, adapter.use_rslora, adapter.use_dora",
+        "command line: adapter: a section; expected one of its keys: "
+        + ", ".join(f"adapter.{key.name}" for key in fields(config.Adapter)),
         "command line: score.prior: the file has 'bias' above it; expected a mapping there",
         "command line: trian.evals: unknown key; did you mean train.evals?",
         "command line: eval.ties: no value; expected --eval.ties VALUE",
         "command line: a.b.c: unknown key",
-        "x.yaml: score: 'bias'; expected a mapping with the keys prior",
+        "x.yaml: score: 'bias'; expected a mapping with the keys head, loss, prior",
         "x.yaml: train.r: unknown key; did you mean adapter.r?",
         "command line: train.evals: 'x'; expected a whole number",
     ]
@@ -380,6 +380,38 @@ def optional(**values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, An
 
 def distinct(*values: str) -> st.SearchStrategy[list[str]]:
     return st.lists(st.sampled_from(values), unique=True)
+
+
+plain_data = st.recursive(
+    st.none() | st.booleans() | counts | shares | names,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@st.composite
+def adapters(draw: st.DrawFn) -> dict[str, Any]:
+    """A valid section `adapter`, with any of its keys left out."""
+    method = draw(st.sampled_from(list(config.METHOD_KEYS)))
+    targets = names | st.lists(names, min_size=1, unique=True)
+    values: dict[str, st.SearchStrategy[Any]] = {
+        "variant": st.sampled_from({"lora": ["plain", "pissa"], "bottleneck": ["parallel"]}.get(method, ["plain"])),
+        "r": counts,
+        "init_r": st.integers(17, 99),
+        "target_r": st.integers(1, 16),
+        "lora_alpha": counts,
+        "lora_dropout": st.floats(0, 0.99),
+        "target_modules": targets,
+        "tinit": st.floats(0, 0.49),
+        "deltaT": counts,
+        "num_virtual_tokens": counts,
+        "fields": st.dictionaries(names, plain_data, max_size=3),
+    }
+    if method == "prefix" and draw(st.booleans()):
+        return {"method": method, "prefix_projection": True, **draw(optional(encoder_hidden_size=counts))}
+    own = {key: values[key] for key in config.METHOD_KEYS[method] if key in values}
+    given = draw(optional(**own)) | ({"peft_type": "VERA"} if method == "other" else {})
+    return given if method == "lora" and draw(st.booleans()) else {"method": method, **given}
 
 
 @st.composite
@@ -420,14 +452,6 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         chosen = draw(optional(max_history=counts, **{**events, **template}))
         prompt |= {key: value for key, value in chosen.items() if key != "header" or "template" not in chosen}
 
-    lora = optional(
-        r=counts,
-        lora_alpha=counts,
-        lora_dropout=st.floats(0, 0.99),
-        target_modules=names | st.lists(names, min_size=1, unique=True),
-        use_rslora=st.booleans(),
-        use_dora=st.booleans(),
-    )
     train = draw(
         optional(
             num_train_epochs=positive,
@@ -441,7 +465,9 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         )
     )
     train |= draw(st.just({"lr_scheduler_type": "constant"}) | optional(warmup_steps=st.floats(0, 0.99) | counts))
-    adapter = draw(st.just({"method": "none"}) | lora)
+    adapter = draw(adapters())
+    if adapter.get("method") == "prefix":
+        train.pop("gradient_checkpointing", None)
     bare = adapter.get("method") == "none"
     return {
         "data": data,
@@ -533,8 +559,8 @@ def test_keys_that_do_nothing_are_not_dumped() -> None:
 
 def test_the_dump_shares_nothing_with_the_recipe() -> None:
     recipe = parse_recipe(SMALL, "x.yaml")
-    recipe_to_dict(recipe)["prompt"]["answers"].append("x")
-    assert recipe.prompt.answers == [" no", " yes"]
+    recipe_to_dict(recipe)["eval"]["slices"].append("x")
+    assert recipe.eval.slices == ["cold_item", "cold_user", "popularity"]
 
 
 # The module itself

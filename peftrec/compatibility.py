@@ -1,0 +1,152 @@
+"""What cannot work together, known before any model is loaded: one row for each rule.
+
+A row names the key that has to change, the keys it clashes with, when it does, and why. What depends on the model
+itself (target modules that match nothing, a window longer than its positions) is checked when it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from peftrec.schema import show
+
+VARIANTS = {
+    "lora": ("plain", "rslora", "dora", "pissa", "loftq"),
+    "bottleneck": ("houlsby", "pfeiffer", "parallel"),
+}
+"""Values of `adapter.variant`, the default first."""
+
+REFUSED_TYPES = {
+    "CARTRIDGE": "its prefix is made from a long text; use method: prefix",
+    "CPT": "it has a loss of its own; use method: prompt",
+    "LILY": "it looks at all tokens of a row at once, also at later ones and at other people's; use method: lora",
+    "MULTITASK_PROMPT_TUNING": "it needs a task for each row; use method: prompt",
+    "POLY": "it needs a task for each row; use method: lora",
+    "SHADOW": "its second network knows no cache; use method: lora",
+    "XLORA": "it mixes adapters that are trained already; use method: lora",
+}
+"""PEFT's methods that nothing here can train or load: name -> why, and what to do instead."""
+
+OWN_METHODS = {
+    "ADALORA": "its ranks need a schedule; use method: adalora",
+    "BOTTLENECK": "it has a method of its own; use method: bottleneck",
+}
+"""PEFT's names of methods that are not to be had under `other`."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Two or more settings that exclude each other.
+
+    Attributes:
+        key: the setting to name in the error.
+        others: the settings that it clashes with.
+        applies: whether a recipe has them.
+        text: why not, and what to change.
+    """
+
+    key: str
+    others: tuple[str, ...]
+    applies: Callable[[Any], bool]
+    text: str
+
+
+def _peft_type(recipe: Any) -> str:
+    """PEFT's name of the method where the recipe gives that; else nothing."""
+    return (recipe.adapter.peft_type or "").upper() if recipe.adapter.method == "other" else ""
+
+
+def _no_step_left(recipe: Any) -> bool:
+    """Whether tinit and tfinal surely take up the whole run; shares of a run of unknown length might not."""
+    adapter, steps = recipe.adapter, recipe.train.max_steps
+    parts = [part * steps if part < 1 else part for part in (adapter.tinit, adapter.tfinal)]
+    known = steps > 0 and sum(map(int, parts)) >= steps
+    return bool(known or (adapter.tinit < 1 and adapter.tfinal < 1 and adapter.tinit + adapter.tfinal >= 1))
+
+
+def _quantized(recipe: Any) -> bool:
+    return bool(recipe.model.load_in_4bit or recipe.model.load_in_8bit)
+
+
+def _foreign_variant(method: str) -> Callable[[Any], bool]:
+    return lambda recipe: recipe.adapter.method == method and recipe.adapter.variant not in (None, *VARIANTS[method])
+
+
+def _of_type(name: str) -> Callable[[Any], bool]:
+    return lambda recipe: _peft_type(recipe) == name
+
+
+RULES = (
+    *(
+        Rule(
+            "adapter.variant",
+            ("adapter.method",),
+            _foreign_variant(method),
+            f"adapter.method: {method} has {', '.join(own)}; choose one of them",
+        )
+        for method, own in VARIANTS.items()
+    ),
+    Rule(
+        "adapter.variant",
+        ("adapter.method", "model.load_in_4bit"),
+        lambda recipe: recipe.adapter.variant == "loftq" and not recipe.model.load_in_4bit,
+        "it makes up for what 4 bits lose; set model.load_in_4bit: true, or another variant",
+    ),
+    Rule(
+        "adapter.variant",
+        ("adapter.method", "model.load_in_8bit"),
+        lambda recipe: recipe.adapter.variant in ("dora", "pissa") and recipe.model.load_in_8bit,
+        "it reads the base weights, which PEFT cannot take out of 8 bits; set model.load_in_4bit, or another variant",
+    ),
+    Rule(
+        "adapter.method",
+        ("model.load_in_4bit", "model.load_in_8bit"),
+        lambda recipe: recipe.adapter.method == "full" and _quantized(recipe),
+        "quantized weights cannot be trained; leave out model.load_in_4bit and load_in_8bit, or train an adapter",
+    ),
+    Rule(
+        "score.head",
+        ("adapter.method",),
+        lambda recipe: recipe.adapter.method == "none" and recipe.score.head != "tokens",
+        "such a head has to be trained; set it to tokens, or train an adapter",
+    ),
+    Rule(
+        "adapter.target_r",
+        ("adapter.init_r", "adapter.method"),
+        lambda recipe: recipe.adapter.method == "adalora" and recipe.adapter.target_r >= recipe.adapter.init_r,
+        "no rank is left to take away; set it below adapter.init_r",
+    ),
+    Rule(
+        "adapter.tinit",
+        ("adapter.tfinal", "adapter.method", "train.max_steps"),
+        lambda recipe: recipe.adapter.method == "adalora" and _no_step_left(recipe),
+        "together with adapter.tfinal it takes up the whole run, and no step is left to take ranks away; lower them",
+    ),
+    Rule(
+        "adapter.peft_type",
+        ("adapter.method",),
+        lambda recipe: recipe.adapter.method == "other" and recipe.adapter.peft_type is None,
+        "adapter.method: other needs PEFT's name of the method, such as VERA; add it",
+    ),
+    *(Rule("adapter.peft_type", (), _of_type(name), text) for name, text in {**REFUSED_TYPES, **OWN_METHODS}.items()),
+    Rule(
+        "train.gradient_checkpointing",
+        ("adapter.method", "adapter.peft_type"),
+        lambda recipe: (
+            recipe.train.gradient_checkpointing
+            and (recipe.adapter.method == "prefix" or _peft_type(recipe) == "PREFIX_TUNING")
+        ),
+        "a prefix lives in the cache, which is not kept for recomputing; set it to false, or use method: prompt",
+    ),
+)
+
+
+def conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """The rules that a recipe breaks: the key to name, the other keys involved, and the error text."""
+    for rule in RULES:
+        if rule.applies(recipe):
+            value = show(reduce(getattr, rule.key.split("."), recipe)).strip("'")
+            yield rule.key, rule.others, f"{value}; {rule.text}"

@@ -1,0 +1,109 @@
+"""Virtual tokens under our masks: prefix, prompt and p-tuning where a row holds several prompts and a cache its past.
+
+PEFT puts trained tokens in front of one prompt with a mask of two dimensions. A packed row has a mask of four,
+positions of its own and several prompts, and a history is computed once for many candidates. Here the virtual tokens
+stand once in front of the whole row, every real token sees all of them, and each prompt's positions begin behind them,
+at `num_virtual_tokens`: there PEFT and transformers put the first real token of a prompt that stands alone. So a prompt
+has one score, alone or packed, at once or behind a cache, here or under plain PEFT.
+
+Masks, positions and logits speak of real tokens only, whatever the method.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class VirtualTokens(nn.Module):
+    """What is mixed into PEFT's model class; without a mask of four dimensions its own forward takes over."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's output behind the virtual tokens; its logits are (B, T, K), those of the real tokens.
+
+        Args:
+            input_ids: real tokens (B, T).
+            attention_mask: additive (B, 1, T, P + T), where P real tokens are in the cache.
+            position_ids: of the real tokens within their prompts, (B, T); None counts on from the cache.
+            past_key_values: a cache, or None. An empty one takes in the virtual tokens; any other holds them already.
+            **kwargs: what else the base model takes.
+        """
+        if attention_mask is None or attention_mask.dim() != 4 or input_ids is None:
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        model: Any = self
+        count: int = model.active_peft_config.num_virtual_tokens
+        held = past_key_values is not None and past_key_values.get_seq_length() > 0
+        mask = F.pad(attention_mask, (count, 0))  # 0 is what may be seen
+        if position_ids is not None:
+            position_ids = position_ids + count
+        if model.active_peft_config.peft_type.value == "PREFIX_TUNING":
+            if not held:
+                past_key_values = _filled(past_key_values, model.get_prompt(len(input_ids)))
+            return model.base_model(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        real = model.word_embeddings(input_ids)
+        if held:
+            count = 0
+        else:
+            real = torch.cat((model.get_prompt(len(input_ids)).to(real), real), dim=1)
+            mask = torch.cat((_own_rows(count, mask), mask), dim=2)
+            if position_ids is not None:
+                virtual = torch.arange(count, device=position_ids.device).expand(len(position_ids), -1)
+                position_ids = torch.cat((virtual, position_ids), dim=1)
+        output = model.base_model(
+            inputs_embeds=real,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        output.logits = output.logits[:, count:]
+        return output
+
+
+def _own_rows(count: int, mask: torch.Tensor) -> torch.Tensor:
+    """What the virtual tokens themselves see, (B, 1, count, columns of `mask`): those before them, no real token."""
+    hidden = torch.ones(count, mask.shape[-1], dtype=torch.bool, device=mask.device).triu(1)
+    rows = torch.zeros(hidden.shape, dtype=mask.dtype, device=mask.device)
+    return rows.masked_fill_(hidden, torch.finfo(mask.dtype).min).expand(len(mask), 1, -1, -1)
+
+
+def _filled(cache: Any, prefix: Any) -> Any:
+    """The caller's empty cache with the prefix's keys and values in it; the prefix itself where there is none."""
+    if cache is None:
+        return prefix
+    for index, layer in enumerate(prefix.layers):
+        cache.update(layer.keys, layer.values, index)
+    return cache
+
+
+def with_virtual_tokens(plain: type) -> type:
+    """PEFT's model class `plain` for prompt learning, with our forward."""
+    return type(plain.__name__, (VirtualTokens, plain), {})
+
+
+def count(model: Any) -> int:
+    """Virtual tokens in front of every row of this model; 0 where its adapter has none."""
+    found: int = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+    return found

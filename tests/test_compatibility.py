@@ -1,0 +1,114 @@
+"""Settings that exclude each other are refused before any model is loaded, in one line that says what to change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from peftrec import compatibility
+from peftrec.config import parse_recipe
+from peftrec.errors import ConfigError
+
+CASES: list[tuple[dict[str, Any], str]] = [
+    (
+        {"adapter": {"variant": "houlsby"}},
+        "adapter.variant: houlsby; adapter.method: lora has plain, rslora, dora, pissa, loftq; choose one of them",
+    ),
+    (
+        {"adapter": {"method": "bottleneck", "variant": "dora"}},
+        "adapter.variant: dora; adapter.method: bottleneck has houlsby, pfeiffer, parallel; choose one of them",
+    ),
+    (
+        {"adapter": {"variant": "loftq"}},
+        "adapter.variant: loftq; it makes up for what 4 bits lose; set model.load_in_4bit: true, or another variant",
+    ),
+    ({"adapter": {"variant": "loftq"}, "model": {"load_in_8bit": True}}, "adapter.variant: loftq; it makes up for"),
+    ({"adapter": {"variant": "pissa"}, "model": {"load_in_8bit": True}}, "adapter.variant: pissa; it reads the base"),
+    ({"adapter": {"variant": "dora"}, "model": {"load_in_8bit": True}}, "adapter.variant: dora; it reads the base"),
+    (
+        {"adapter": {"method": "full"}, "model": {"load_in_4bit": True}},
+        "adapter.method: full; quantized weights cannot",
+    ),
+    (
+        {"adapter": {"method": "full"}, "model": {"load_in_8bit": True}},
+        "adapter.method: full; quantized weights cannot",
+    ),
+    (
+        {"adapter": {"method": "adalora", "init_r": 16}},
+        "adapter.target_r: 16; no rank is left to take away; set it below adapter.init_r",
+    ),
+    (
+        {"adapter": {"method": "adalora", "tinit": 0.5, "tfinal": 0.5}},
+        "adapter.tinit: 0.5; together with adapter.tfinal",
+    ),
+    (
+        {"adapter": {"method": "adalora", "tinit": 90, "tfinal": 0.1}, "train": {"max_steps": 100}},
+        "adapter.tinit: 90.0; together with adapter.tfinal it takes up the whole run",
+    ),
+    ({"adapter": {"method": "none"}, "score": {"head": "linear"}}, "score.head: linear; such a head has to be trained"),
+    (
+        {"adapter": {"method": "other"}},
+        "adapter.peft_type: null; adapter.method: other needs PEFT's name of the method",
+    ),
+    *(
+        ({"adapter": {"method": "other", "peft_type": name.lower()}}, f"adapter.peft_type: {name.lower()}; {text}")
+        for name, text in {**compatibility.REFUSED_TYPES, **compatibility.OWN_METHODS}.items()
+    ),
+    (
+        {"adapter": {"method": "prefix"}, "train": {"gradient_checkpointing": True}},
+        "train.gradient_checkpointing: true; a prefix lives in the cache, which is not kept for recomputing; set it to",
+    ),
+    (
+        {"adapter": {"method": "other", "peft_type": "prefix_tuning"}, "train": {"gradient_checkpointing": True}},
+        "train.gradient_checkpointing: true; a prefix lives in the cache",
+    ),
+]
+
+FINE: list[dict[str, Any]] = [
+    {"adapter": {"variant": "loftq"}, "model": {"load_in_4bit": True}},
+    {"adapter": {"variant": "dora"}, "model": {"load_in_4bit": True}},
+    {"adapter": {"variant": "rslora"}, "model": {"load_in_8bit": True}},
+    {"adapter": {"method": "full"}},
+    {"adapter": {"method": "adalora"}},
+    {"adapter": {"method": "adalora", "tinit": 89, "tfinal": 0.1}, "train": {"max_steps": 100}},
+    {"adapter": {"method": "adalora", "tinit": 500}},
+    {"adapter": {"method": "other", "peft_type": "VERA"}},
+    {"adapter": {"method": "prompt"}, "train": {"gradient_checkpointing": True}},
+    {"adapter": {"method": "prefix"}},
+]
+
+
+def parse(values: dict[str, Any]) -> Any:
+    return parse_recipe({"data": {"name": "ml-100k"}, "output_dir": "runs/x", **values}, "x.yaml")
+
+
+@pytest.mark.parametrize(("values", "expected"), CASES)
+def test_refused_in_one_line(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(values)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"x.yaml: {expected}")
+    assert "\n" not in problem
+
+
+@pytest.mark.parametrize("values", FINE)
+def test_not_refused(values: dict[str, Any]) -> None:
+    assert list(compatibility.conflicts(parse(values))) == []
+
+
+def test_every_rule_is_tried() -> None:
+    """A rule that nothing here breaks might never apply."""
+    broken: set[str] = set()
+    for values, _ in CASES:
+        with pytest.raises(ConfigError) as caught:
+            parse(values)
+        broken |= {rule.text for rule in compatibility.RULES if any(rule.text in p for p in caught.value.problems)}
+    assert broken == {rule.text for rule in compatibility.RULES}
+
+
+def test_a_mistake_in_one_of_the_keys_is_enough_of_an_error() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse({"adapter": {"variant": "loftq"}, "model": {"load_in_4bit": "yes"}})
+    (problem,) = caught.value.problems
+    assert "true or false" in problem

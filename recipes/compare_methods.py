@@ -96,12 +96,16 @@ def main() -> None:
 def _overrides(changes: Mapping[str, Any], method: Mapping[str, Any], run: Path) -> list[str]:
     """The command line that turns the recipe into this method's."""
     # The recipe's own adapter settings are those of another method.
-    reset = {one.name: None for one in dataclasses.fields(config.Adapter) if one.name != "method"}
-    sections = [{"adapter": reset}, changes, method]
-    flat = {
-        f"{section}.{key}": value for part in sections for section, keys in part.items() for key, value in keys.items()
+    reset = {"adapter": {one.name: None for one in dataclasses.fields(config.Adapter) if one.name != "method"}}
+    found = {
+        f"{section}.{key}": value
+        for part in (reset, changes, method)
+        for section, keys in part.items()
+        for key, value in keys.items()
     }
-    words = [word for key, value in flat.items() for word in (f"--{key}", json.dumps(value))]
+    if found.get("adapter.method") == "none":  # nothing is trained: what says how would be refused
+        found |= {f"train.{one.name}": None for one in dataclasses.fields(config.Train)} | {"eval.base_model": None}
+    words = [word for key, value in found.items() for word in (f"--{key}", json.dumps(value))]
     return [*words, "--output_dir", str(run)]
 
 

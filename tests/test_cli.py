@@ -122,6 +122,7 @@ class Fake:
 def _parts() -> Any:
     from peftrec import artifact
     from peftrec.catalogue import Catalogue
+    from peftrec.target import Target
 
     class Scored(recommender.Recommender):
         def __init__(self) -> None:
@@ -142,11 +143,11 @@ def _parts() -> Any:
                 "0",
                 like_at=4,
             )
-            self.prior = None
+            self.prior, self.target = None, Target()
             self.catalogue = Catalogue(films, "{title}")
 
         def _score_timeline(self, shown: Any, candidates: Any) -> Any:
-            return np.array([float(len(text)) for text in candidates]) - 9
+            return np.array([[0.0, len(text) - 9] for text in candidates])
 
     return Scored()
 

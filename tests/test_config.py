@@ -15,7 +15,7 @@ from peftrec.config import dump_recipe, load_recipe, parse_recipe, placeholders,
 from peftrec.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*/*.yaml"))
 SMALL: dict[str, Any] = {"data": {"name": "ml-100k"}, "output_dir": "runs/x"}
 
 

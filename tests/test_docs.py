@@ -138,4 +138,8 @@ def test_pages_have_places_for_every_figure() -> None:
     for page in PAGES:
         found = marks.findall(page.read_text(encoding="utf-8"))
         assert found == [(name, kind) for name, _ in found[::2] for kind in ("begin", "end")], page.name
-    assert {name for name, _ in marks.findall((ROOT / "README.md").read_text(encoding="utf-8"))} == {"demo", "main"}
+    assert {name for name, _ in marks.findall((ROOT / "README.md").read_text(encoding="utf-8"))} == {
+        "demo",
+        "main",
+        "rating",
+    }

@@ -6,6 +6,7 @@ knows the bottleneck adapters of `peftrec.bottleneck`.
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,12 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# Importing PEFT imports bitsandbytes, which misses optional CPU kernels aloud, and whose 8-bit layers say at every call
+# that they cast to float16.
+for _part in ("backends.cpu.ops", "autograd._functions"):
+    logging.getLogger(f"bitsandbytes.{_part}").setLevel(logging.CRITICAL)
 
 
 def _add_bottleneck() -> None:

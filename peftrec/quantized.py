@@ -8,7 +8,6 @@ rows and adapters are float32 already, and checkpointing (not reentrant) needs n
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,12 +16,6 @@ import torch
 
 from peftrec import config
 from peftrec.errors import ModelError
-
-# bitsandbytes misses optional CPU kernels aloud when it is imported, which importing peft does: too early for a
-# function to stop it. Its 8-bit layers then say at every call that they cast to float16.
-for _part in ("backends.cpu.ops", "autograd._functions"):
-    logging.getLogger(f"bitsandbytes.{_part}").setLevel(logging.CRITICAL)
-
 
 T = TypeVar("T")
 
@@ -126,6 +119,10 @@ def settle(model: Any, wanted: config.Model, seen: Container[str]) -> str | None
             "use the unquantized model"
         )
     assert not asked or all(f"{name}.weight" in seen for name in layers(model)), "transformers converts elsewhere"
+    for parameter in model.parameters():
+        # On a CPU these are views of the checkpoint's file, and would keep all of it in memory.
+        if type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
     return _described(model)
 
 

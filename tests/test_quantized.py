@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
 import signal
@@ -208,6 +209,21 @@ class TestLoading:
         assert largest[0] > 6
         other = torch.cat((IDS[:, :5], torch.randint(10, 300, (1, 20))), dim=1)
         torch.testing.assert_close(logits(model, other)[:, :5], before[:, :5], atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux")
+    @both
+    def test_the_file_does_not_stay_in_memory(self, folder: Path, bits: dict[str, Any]) -> None:
+        def mapped() -> int:
+            return Path("/proc/self/maps").read_text().count(f"{folder}/model.safetensors")
+
+        whole = load(folder)
+        assert mapped() > 0
+        del whole
+        gc.collect()
+        assert mapped() == 0
+        small = load(folder, **bits)
+        assert quantized.layers(small.model)
+        assert mapped() == 0
 
     @both
     def test_encoders_are_refused_all_the_same(

@@ -91,8 +91,8 @@ def _layers(attached: Any) -> Iterator[tuple[str, Any, torch.Tensor]]:
         base: Any = layer.get_base_layer()
         if layer.lora_A.keys() != {"default"}:
             raise ModelError(
-                f"adapter.variant: {name} is a {type(base).__name__}; pissa and loftq take linear layers only; choose "
-                "other target_modules"
+                f"adapter.variant: {name} is of type {type(base).__name__}; pissa and loftq take linear layers only; "
+                "choose other target_modules"
             )
         weight = dequantize_module_weight(base).detach().float()
         yield name, layer, weight.T if isinstance(layer, Linear) and layer.fan_in_fan_out else weight

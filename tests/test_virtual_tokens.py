@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from peftrec import adapters, config, scorer, virtual_tokens
+from peftrec import adapters, backbone, config, scorer, virtual_tokens
 from peftrec.prompts import Pieces
 from peftrec.split import Log
-from peftrec.timeline import TimelineWindows, WindowDataset, evaluation_sight
+from peftrec.target import Target
+from peftrec.timeline import TimelineWindows, WindowDataset, collate, evaluation_sight
 
 COUNT = 5
 METHODS = {
@@ -194,8 +195,6 @@ def test_blocks_of_queries_beside_the_ordinary_kernel(build: Callable[..., Any],
 
 @every_method
 def test_only_they_are_trained(build: Callable[..., Any], log: Log, codec: Any, questions: Any, method: str) -> None:
-    from peftrec.timeline import collate
-
     model = build(method).train()
     outputs = scorer.read_outputs(model, collate([packed(log, codec, questions)[0]]), torch.float32)
     outputs.pow(2).sum().backward()
@@ -223,3 +222,46 @@ def test_trainable_parameters(build: Callable[..., Any], method: str, expected: 
 
 def test_other_models_have_none(tiny_model: Any) -> None:
     assert virtual_tokens.count(tiny_model) == 0
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("prefix")])
+def test_checkpointing_changes_no_gradient(
+    build: Callable[..., Any], log: Log, codec: Any, questions: Any, method: str
+) -> None:
+    batch = collate([packed(log, codec, questions)[0]])
+    found = []
+    for checkpointing in (False, True):
+        model = build(method).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        scorer.read_outputs(model, batch, torch.float32).pow(2).sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_a_trained_head_reads_the_real_tokens_only(
+    request: pytest.FixtureRequest, tmp_path: Path, log: Log, codec: Any, questions: Any, method: str
+) -> None:
+    """A causal model with a classifier in place of answer tokens."""
+    target = Target("click", "classifier", "cross_entropy", (0.0, 1.0), (0.0, 0.0))
+    base = config.Model(name=str(request.getfixturevalue("tiny_llama_folder")), dtype="float32")
+    model = adapters.attach(backbone.load(base, target).model, METHODS[method], base_name="x", seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    model.eval()
+    found = outputs_of(model, packed(log, codec, questions))
+    for row, outputs in found.items():
+        ids = torch.tensor([prompt_of(log, row, codec, questions)])
+        causal = torch.full((ids.shape[1],) * 2, torch.finfo(torch.float32).min).triu(1)[None, None]
+        with torch.inference_mode():
+            alone = model(input_ids=ids, attention_mask=causal).logits
+        assert alone.shape == (1, ids.shape[1], 2)
+        np.testing.assert_allclose(outputs, alone[0, -1], **CLOSE)
+    adapters.save(model, tmp_path)
+    loaded = adapters.load(backbone.load(base, target).model, tmp_path)
+    assert outputs_of(loaded, packed(log, codec, questions)) == found
+    assert max(abs(no - yes) for no, yes in found.values()) > 0.1

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from peftrec import config
 from peftrec.baselines import Prior
 from peftrec.errors import ModelError
-from peftrec.prompts import ANSWER_MARK, LINE_END, Codec
+from peftrec.prompts import ANSWER_MARK, LINE_END, Codec, Kind, WholeText
 from peftrec.rating_baselines import RatingPrior
 from peftrec.schema import Check, Reader, show
 
@@ -34,6 +34,7 @@ MOST_TOKENS = 1_000_000
 
 Name = Annotated[str, Check("text of at most 500 characters", lambda text: 0 < len(text) <= 500)]
 Tokens = Annotated[int, Check(f"a number of tokens up to {MOST_TOKENS:,}", lambda n: 1 <= n <= MOST_TOKENS)]
+Distinct = Check("different values", lambda a: len(a) == len(set(a)))
 Several = Check("two or more different values", lambda a: len(a) == len(set(a)) > 1)
 Finite = Annotated[float, Check("a finite number", math.isfinite)]
 
@@ -48,9 +49,11 @@ class PromptFormat:
     item: config.Template
     """An item as text, over the columns of the items table."""
     answers: Annotated[list[str], Several]
-    answer_ids: Annotated[list[int], Several]
-    """The answers' tokens. Of clicks the score is the second one's logit minus the first one's at the last token, of
-    ratings the mean of `target.scale` under the softmax of their logits plus `target.offset`."""
+    answer_ids: Annotated[list[int], Distinct]
+    """The answers' tokens; empty where an encoder reads the answers as text only. Of clicks the score is the second
+    one's logit minus the first one's at the last token (of an encoder-decoder model at its first step), of ratings the
+    mean of `target.scale` under the softmax of their logits plus `target.offset`. Under another head than tokens these
+    logits are the outputs of a sequence classification model."""
     max_tokens: Tokens
     max_item_tokens: Tokens
     """An item's text and the colon behind it are cut to this many tokens."""
@@ -61,8 +64,12 @@ class PromptFormat:
     """Which events are shown; liked are those from `like_at`."""
     max_history: config.Count | None = None
     template: config.Template | None = None
+    kind: Kind = "causal"
+    """Of the base model. Encoders and encoder-decoder models (seq2seq) have a template and read whole texts, with all
+    special tokens that the tokenizer adds; of an encoder a tab in the template stands between the two texts."""
     example: str = ""
-    """One short prompt up to the read position, `bos` included: tokenize it without adding special tokens."""
+    """One short prompt up to the read position. Of a causal model `bos` is included: tokenize it without adding special
+    tokens."""
 
     def text(self, history: Sequence[tuple[str, int]], item: str) -> str:
         """The prompt as text, without `bos`, up to the position where the answer is read.
@@ -146,7 +153,7 @@ class Artifact:
 
 def describe(
     recipe: config.Recipe,
-    codec: Codec,
+    codec: Codec | WholeText,
     base: Any,
     target: Target,
     *,
@@ -173,6 +180,7 @@ def describe(
         template: the template in effect where the recipe leaves it to a default (prompt records).
         probes: questions with their scores.
     """
+    kind: Kind = codec.kind if isinstance(codec, WholeText) else "causal"
     prompt = PromptFormat(
         layout=recipe.prompt.layout,
         header=codec.header_text,
@@ -181,16 +189,19 @@ def describe(
         answer_ids=list(codec.answers),
         max_tokens=recipe.prompt.max_tokens,
         max_item_tokens=max_item_tokens,
+        line_end=codec.line_end_text,
         bos=codec.tokenizer.bos_token,
         history=recipe.prompt.history,
         max_history=recipe.prompt.max_history,
         template=template or recipe.prompt.template,
+        kind=kind,
     )
     facts = {one.name: getattr(base, one.name) for one in dataclasses.fields(Base)}
     history, item = example
     text = prompt.text(history, item) if _asks_items(prompt.template) else item
+    bos = prompt.bos if kind == "causal" else None
     return Artifact(
-        prompt=dataclasses.replace(prompt, example=(prompt.bos or "") + text),
+        prompt=dataclasses.replace(prompt, example=(bos or "") + text),
         base_model=Base(**{**facts, "name": _public(base.name), "hub_id": _public(base.hub_id)}),
         data=Source(", ".join(_public(part) for part in data_name.split(", ")), data_sha256),
         peftrec_version=version("peftrec"),
@@ -266,12 +277,15 @@ def _check_sizes(artifact: Artifact, path: Path) -> None:
     """As many answers, tokens, ratings and offsets as belong together."""
     target, answers = artifact.target, len(artifact.prompt.answers)
     outputs = 1 if target.head == "linear" else answers
+    tokens = 0 if artifact.prompt.kind == "encoder" else answers
     sizes = (len(artifact.prompt.answer_ids), len(target.scale), len(target.offset))
-    if sizes != (answers, answers, outputs) or target.scale != sorted(target.scale):
+    if sizes != (tokens, answers, outputs) or target.scale != sorted(target.scale):
         raise ModelError(
             f"{path}: {answers} answers with {sizes[0]} tokens, {sizes[1]} ratings and {sizes[2]} offsets; expected "
-            f"{answers}, {answers} ascending and {outputs}; fetch the adapter again"
+            f"{tokens}, {answers} ascending and {outputs}; fetch the adapter again"
         )
+    if artifact.prompt.kind != "causal" and artifact.prompt.template is None:
+        raise ModelError(f"{path}: prompt.template: missing; {artifact.prompt.kind} needs one; fetch the adapter again")
 
 
 def _probes(values: Any, answers: int, path: Path) -> list[Probe]:

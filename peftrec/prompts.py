@@ -10,6 +10,8 @@ A timeline reads
 Every item is tokenized once, whatever the number of events, and events are put together from those pieces. That
 equals tokenizing the whole text at once because each piece begins after a line break and each answer after a colon;
 `Codec` checks it when it is made, and refuses a tokenizer for which it is not so.
+
+Encoders and encoder-decoder models read a text as a whole, with their own special tokens around it: `WholeText`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,8 +29,13 @@ from peftrec.errors import DataError, ModelError
 if TYPE_CHECKING:
     import polars as pl
 
+Kind = Literal["causal", "encoder", "seq2seq"]
+"""Kinds of base model: each token sees those before it; all see all; or the latter with a decoder that answers."""
+
 LINE_END = "\n"
 ANSWER_MARK = ":"
+PAIR = "\t"
+"""Stands between the two texts that an encoder reads as a pair."""
 
 
 def item_texts(items: pl.DataFrame, template: str) -> list[str]:
@@ -97,7 +104,76 @@ def _special_tokens(tokenizer: Any) -> list[str]:
     return sorted({*tokenizer.all_special_tokens, *added}, key=lambda token: (-len(token), token))
 
 
-class Codec:
+class Texts:
+    """Whole texts as a tokenizer writes them, cut where they are too long.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+    """
+
+    line_end_text = LINE_END
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._special = _special_tokens(tokenizer)
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def question_lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of `{text}:` for each text."""
+        return [len(self._plain_ids(text + ANSWER_MARK)) for text in texts]
+
+    def plain(self, text: str) -> str:
+        """`text` with a blank in whatever spells a special token: in a template's prompt it then stays text.
+
+        The template itself may hold special tokens, such as the marks of a chat.
+        """
+        for special in self._special:
+            text = text.replace(special, f"{special[:1]} {special[1:]}")
+        return text
+
+    def written(self, texts: Sequence[str], max_tokens: int) -> list[str]:
+        """Item texts as a template's prompt writes them: `plain`, and `{text}:` not longer than `max_tokens`."""
+        plain = [self.plain(text) for text in texts]
+        return [
+            text if length <= max_tokens else self._shortened(text, max_tokens)
+            for text, length in zip(plain, self.question_lengths(plain), strict=True)
+        ]
+
+    def _shortened(self, text: str, max_tokens: int) -> str:
+        def beginning(characters: int) -> str:
+            return text[:characters].rstrip()
+
+        def fits(characters: int) -> bool:
+            return self.question_lengths([beginning(characters)])[0] <= max_tokens
+
+        return beginning(_most(fits, len(text)))
+
+    def prompt(self, text: str) -> list[int]:
+        """A whole prompt as token ids, in which `text` may spell special tokens."""
+        bos = [] if self.tokenizer.bos_token_id is None else [int(self.tokenizer.bos_token_id)]
+        return bos + self._plain_ids(text)
+
+    def fitted(self, text: Callable[[int], str], most: int, max_tokens: int) -> list[int] | None:
+        """The longest prompt that fits.
+
+        Args:
+            text: the prompt with that many of the newest events, or of a text's last characters.
+            most: at most so many.
+            max_tokens: tokens of the prompt at most.
+
+        Returns:
+            Token ids, or None where the prompt is too long even with 0 of them.
+        """
+        ids = self.prompt(text(most))
+        if len(ids) <= max_tokens:
+            return ids
+        ids = self.prompt(text(_most(lambda count: len(self.prompt(text(count))) <= max_tokens, most)))
+        return ids if len(ids) <= max_tokens else None
+
+
+class Codec(Texts):
     """A prompt as token ids: header, line end, one token for each answer, and the items' pieces on demand.
 
     Args:
@@ -110,11 +186,9 @@ class Codec:
     """
 
     def __init__(self, tokenizer: Any, header: str, answers: Sequence[str]) -> None:
-        self.tokenizer = tokenizer
-        bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+        super().__init__(tokenizer)
         self.header_text = header if not header or header.endswith(LINE_END) else header + LINE_END
-        self.header: list[int] = bos + self._plain_ids(self.header_text)
-        self._special = _special_tokens(tokenizer)
+        self.header: list[int] = self.prompt(self.header_text)
         self._mark = self._plain_ids("a" + ANSWER_MARK)[-1:]
         self.answer_texts = list(answers)
         self.line_end: list[int] = self._after("a" + ANSWER_MARK + answers[0], [LINE_END])[0]
@@ -122,9 +196,6 @@ class Codec:
         if len(set(self.answers)) != len(self.answers):
             raise ModelError(f"prompt.answers: {list(answers)} share a token in this tokenizer; choose distinct words")
         self._check(answers)
-
-    def _plain_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _after(self, before: str, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text where it stands behind `before`.
@@ -175,58 +246,110 @@ class Codec:
         mark = self._mark
         return [piece if len(piece) <= max_tokens else [*piece[: max_tokens - len(mark)], *mark] for piece in ids]
 
+    def question_lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of `{text}:` at the beginning of a line, for each text."""
+        return [len(ids) for ids in self._after(LINE_END, [text + ANSWER_MARK for text in texts])]
+
     def tail(self, answer: int) -> list[int]:
         """What follows a read position once the answer is known: the answer token and the line end."""
         return [self.answers[answer], *self.line_end]
 
-    def plain(self, text: str) -> str:
-        """`text` with a blank in whatever spells a special token: in a template's prompt it then stays text.
+    @property
+    def tail_length(self) -> int:
+        """Tokens of a tail."""
+        return 1 + len(self.line_end)
 
-        The template itself may hold special tokens, such as the marks of a chat.
+
+class WholeText(Texts):
+    """A prompt for a model that reads whole texts: an encoder a pair, an encoder-decoder model one.
+
+    Lines end in a semicolon, since most of their tokenizers drop line breaks. In a prompt as text a tab stands between
+    the two texts of a pair.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        header: text before the first event.
+        answers: answer texts by class; an encoder-decoder model's must be one token each.
+        kind: of the model.
+
+    Raises:
+        ModelError: an answer is not one token, or the tokenizer marks pairs in a way of its own.
+    """
+
+    line_end_text = "; "
+
+    def __init__(self, tokenizer: Any, header: str, answers: Sequence[str], *, kind: Kind) -> None:
+        super().__init__(tokenizer)
+        self.kind = kind
+        self.header_text = f"{header.strip()} " if header.strip() else ""
+        self.header: list[int] = []  # it is part of the template
+        self.answer_texts = list(answers)
+        self.answers: list[int] = [] if kind == "encoder" else [self._answer_id(answer) for answer in answers]
+        if len(set(self.answers)) != len(self.answers):
+            raise ModelError(f"prompt.answers: {list(answers)} share a token in this tokenizer; choose distinct words")
+        question = "a" + ANSWER_MARK
+        between = [len(self._plain_ids(question + answer + self.line_end_text + question)) for answer in answers]
+        self.tail_length = max(between) - 2 * len(self._plain_ids(question))
+        self._has_types = kind == "encoder" and "token_type_ids" in tokenizer.model_input_names
+        if self._has_types:
+            pair = tokenizer("a", "b")
+            if self.types(pair["input_ids"]) != list(pair["token_type_ids"]):
+                raise ModelError(
+                    "tokenizer: its token types do not change from 0 to 1 behind the first separator; use another "
+                    "encoder"
+                )
+
+    def _answer_id(self, answer: str) -> int:
+        ids = self._plain_ids(answer)
+        if len(ids) != 1:
+            raise ModelError(
+                f"prompt.answers: {answer!r} is {len(ids)} tokens in this tokenizer; one was expected; choose a "
+                "shorter word"
+            )
+        return ids[0]
+
+    def completed(self, template: str | None) -> str:
+        """The template in effect: the recipe's or, without one, header, history and item; of a pair with a tab.
+
+        Where a recipe's template has no tab, the second text begins with the item (of prompt records, the input).
+
+        Raises:
+            DataError: nothing stands before the item.
         """
-        for special in self._special:
-            text = text.replace(special, f"{special[:1]} {special[1:]}")
-        return text
+        pair = self.kind == "encoder"
+        if template is None:
+            header = self.header_text.replace("{", "{{").replace("}", "}}")
+            return header + "{history}" + (f"{PAIR}{{item}}" if pair else f"{{item}}{ANSWER_MARK}")
+        if not pair or PAIR in template:
+            return template
+        name = "{item}" if "{item}" in template else "{input}"
+        first, found, rest = template.partition(name)
+        if not first.strip() or not found:
+            raise DataError(
+                f"prompt.template: {template!r}; an encoder reads two texts, and the second begins with {name}; put "
+                "something before it, or a tab between the two"
+            )
+        return f"{first}{PAIR}{found}{rest}"
 
-    def written(self, texts: Sequence[str], max_tokens: int) -> list[str]:
-        """Item texts as a template's prompt writes them: `plain`, and so long that `questions` cuts none of them."""
-        plain = [self.plain(text) for text in texts]
-        lengths = map(len, self._after(LINE_END, [text + ANSWER_MARK for text in plain]))
-        return [
-            text if length <= max_tokens else self._shortened(text, max_tokens)
-            for text, length in zip(plain, lengths, strict=True)
-        ]
-
-    def _shortened(self, text: str, max_tokens: int) -> str:
-        def beginning(characters: int) -> str:
-            return text[:characters].rstrip()
-
-        def fits(characters: int) -> bool:
-            return len(self._after(LINE_END, [beginning(characters) + ANSWER_MARK])[0]) <= max_tokens
-
-        return beginning(_most(fits, len(text)))
+    def plain(self, text: str) -> str:
+        """As in `Texts`; nor does it end the first text of a pair."""
+        return super().plain(text).replace(PAIR, " ")
 
     def prompt(self, text: str) -> list[int]:
-        """A whole prompt as token ids, in which `text` may spell special tokens."""
-        bos = [] if self.tokenizer.bos_token_id is None else [int(self.tokenizer.bos_token_id)]
-        return bos + self._plain_ids(text)
+        """A whole prompt as token ids, the tokenizer's special tokens included."""
+        texts = text.split(PAIR, 1) if self.kind == "encoder" else [text]
+        return list(self.tokenizer(*(one.strip() for one in texts))["input_ids"])
 
-    def fitted(self, text: Callable[[int], str], most: int, max_tokens: int) -> list[int] | None:
-        """The longest prompt that fits.
+    def questions(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        """Token ids of `{text}:` for each text, at most `max_tokens`: how much room each takes."""
+        return [self._plain_ids(text + ANSWER_MARK)[:max_tokens] for text in texts]
 
-        Args:
-            text: the prompt with that many of the newest events, or of a text's last characters.
-            most: at most so many.
-            max_tokens: tokens of the prompt at most.
-
-        Returns:
-            Token ids, or None where the prompt is too long even with 0 of them.
-        """
-        ids = self.prompt(text(most))
-        if len(ids) <= max_tokens:
-            return ids
-        ids = self.prompt(text(_most(lambda count: len(self.prompt(text(count))) <= max_tokens, most)))
-        return ids if len(ids) <= max_tokens else None
+    def types(self, ids: Sequence[int]) -> list[int] | None:
+        """Token types of a prompt: 0 up to the first separator, 1 behind it; None where the model has none."""
+        if not self._has_types:
+            return None
+        first = list(ids).index(self.tokenizer.sep_token_id) + 1
+        return [0] * first + [1] * (len(ids) - first)
 
 
 def _most(fits: Callable[[int], bool], most: int) -> int:

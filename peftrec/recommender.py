@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peftrec import adapters, artifact, backbone, config, scorer
+from peftrec import adapters, artifact, backbone, config, scorer, virtual_tokens
 from peftrec.baselines import Prior
 from peftrec.catalogue import Catalogue, Item, read_history, read_items, read_ratings
 from peftrec.datasets import DATASETS
-from peftrec.encode import record_ids, templated_ids
+from peftrec.encode import new_codec, prompt_windows, record_ids, templated_ids
 from peftrec.errors import ConfigError, DataError, ModelError
 from peftrec.prompts import ANSWER_MARK, Codec, Pieces
 from peftrec.rating_baselines import RatingPrior
 from peftrec.schema import read_yaml
 from peftrec.target import Target
-from peftrec.timeline import PromptWindows, WindowDataset
+from peftrec.timeline import WindowDataset
 
 Floats = npt.NDArray[np.float64]
 Outputs = npt.NDArray[np.float32]  # of the head, (number of candidates, K)
@@ -98,10 +98,9 @@ class Recommender:
     ) -> None:
         self.artifact, self.model, self.prior = about, model, prior
         self.prompt = about.prompt
-        how = about.target
-        self.target = Target(about.task, how.head, how.loss, tuple(how.scale), tuple(how.offset), how.slope, how.centre)
-        backbone.check_window(model, self.prompt.max_tokens)
-        self.codec = Codec(tokenizer, self.prompt.header, self.prompt.answers)
+        self.target = _target(about)
+        backbone.check_window(model, self.prompt.max_tokens, virtual_tokens.count(model))
+        self.codec = new_codec(tokenizer, self.prompt.header, self.prompt.answers, self.prompt.kind)
         if self.codec.answers != self.prompt.answer_ids or (tokenizer.bos_token or None) != self.prompt.bos:
             raise ModelError(
                 f"tokenizer: answers {self.prompt.answers} are the tokens {self.codec.answers} behind "
@@ -149,7 +148,8 @@ class Recommender:
         table = _items(items, columns, about)
         loaded = _load_base(about, base_model or _base_of_run(Path(folder)), dtype, trust_remote_code)
         _check_fingerprint(about, loaded.base, strict)
-        model = adapters.load(scorer.answer_only(loaded.model, about.prompt.answer_ids), folder)
+        model = scorer.with_head(loaded.model, about.target.head, about.prompt.answer_ids)
+        model = adapters.load(model, folder)
         if device is not None:
             model = model.to(device)
         return cls(about, model, loaded.tokenizer, items=table, prior=saved_prior)
@@ -273,6 +273,7 @@ class Recommender:
 
     def _score_timeline(self, shown: Sequence[Event], candidates: Sequence[str]) -> Outputs:
         """The history once, all candidates behind it."""
+        assert isinstance(self.codec, Codec)
         asked = self._questions([event.item.text for event in shown])
         lines = [[*ids, *self.codec.tail(event.label)] for ids, event in zip(asked, shown, strict=True)]
         # Room for the longest candidate that could be: what one candidate sees must not depend on the others.
@@ -284,7 +285,7 @@ class Recommender:
 
     def _score_templated(self, shown: Sequence[Event], candidates: Sequence[str]) -> Outputs:
         """One prompt for each candidate, with as many of the newest events as fit."""
-        prompt, tail = self.prompt, len(self.codec.tail(0))
+        prompt, tail = self.prompt, self.codec.tail_length
         past, asked = self._written([event.item.text for event in shown]), self._written(candidates)
         lengths = [len(ids) + tail for ids in self._questions(past)]
         room = prompt.max_tokens - len(self.codec.prompt(prompt.text([], "")))
@@ -307,7 +308,7 @@ class Recommender:
         return self.codec.questions(texts, self.prompt.max_item_tokens) if texts else []
 
     def _score_prompts(self, prompts: Sequence[list[int]]) -> Outputs:
-        windows = PromptWindows(np.arange(len(prompts)), prompts)
+        windows = prompt_windows(self.codec, np.arange(len(prompts)), prompts)
         data = WindowDataset(windows, np.zeros(len(prompts), dtype=np.int8), None, self.prompt.max_tokens)
         rows, outputs = scorer.score_rows(self.model, data, range(len(data)))
         return outputs[np.argsort(rows)]
@@ -366,6 +367,11 @@ def _base_of_run(folder: Path) -> str | None:
     return name if Path(name).is_dir() else None
 
 
+def _target(about: artifact.Artifact) -> Target:
+    how = about.target
+    return Target(about.task, how.head, how.loss, tuple(how.scale), tuple(how.offset), how.slope, how.centre)
+
+
 def _load_base(
     about: artifact.Artifact, base_model: str | Path | None, dtype: str | None, trust_remote_code: bool
 ) -> backbone.Backbone:
@@ -379,11 +385,17 @@ def _load_base(
         trust_remote_code=trust_remote_code,
     )
     try:
-        return backbone.load(wanted)
+        loaded = backbone.load(wanted, _target(about))
     except ModelError as error:
         if base_model is not None:
             raise
         raise ModelError(f"{error}; or say where it is: base_model=FOLDER (--base-model FOLDER)") from error
+    if loaded.kind != about.prompt.kind:
+        raise ModelError(
+            f"base model: {wanted.name} is of the kind {loaded.kind}; the adapter was trained on one of the kind "
+            f"{about.prompt.kind}; use that"
+        )
+    return loaded
 
 
 def _check_fingerprint(about: artifact.Artifact, found: backbone.BaseModel, strict: bool) -> None:

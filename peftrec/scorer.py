@@ -45,11 +45,16 @@ class AnswerHead(nn.Module):
         return F.linear(hidden.float(), self.weight, self.bias)
 
 
+def with_head(model: Any, head: str, answers: Sequence[int]) -> Any:
+    """The loaded model with the recipe's head: answer rows for `tokens`; one that is trained it has already."""
+    return answer_only(model, answers) if head == "tokens" else model
+
+
 def answer_only(model: Any, answers: Sequence[int]) -> Any:
-    """Replace the output matrix of a causal model by its answer rows, in place.
+    """Replace the output matrix of a language model by its answer rows, in place.
 
     Raises:
-        ModelError: the model has no output matrix (it is not a causal language model).
+        ModelError: the model has no output matrix (it is not a language model that writes).
     """
     output = model.get_output_embeddings()
     if output is None or not hasattr(output, "weight"):
@@ -59,13 +64,21 @@ def answer_only(model: Any, answers: Sequence[int]) -> Any:
     model.set_output_embeddings(AnswerHead(output, answers))
     # The answer rows are a copy: tying them back to the input embeddings would undo the replacement.
     model.config.tie_word_embeddings = False
+    if hasattr(model, "final_logits_bias"):  # BART adds it to whatever the output matrix gives
+        model.final_logits_bias = model.final_logits_bias[:, list(answers)]
     return model
 
 
 def sight_mask(batch: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The rule of sight as an additive mask (B, 1, T, T): 0 where the query may look, the smallest number elsewhere."""
-    event, time, segment, visible = batch["event"], batch["time"], batch["segment"], batch["visible"]
+    """The rule of sight as an additive mask (B, 1, T, T): 0 where the query may look, the smallest number elsewhere.
+
+    In a batch without events, which is one of whole texts, all of a segment sees all of it.
+    """
+    segment = batch["segment"]
     same_segment = segment[:, :, None] == segment[:, None, :]
+    if "event" not in batch:
+        return _additive(same_segment, dtype)
+    event, time, visible = batch["event"], batch["time"], batch["visible"]
     same_event = event[:, :, None] == event[:, None, :]
     earlier = (time[:, None, :] < time[:, :, None]) & visible[:, None, :]
     length = event.shape[1]
@@ -86,6 +99,7 @@ def read_outputs(model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype)
         attention_mask=sight_mask(batch, dtype),
         position_ids=batch["position_ids"],
         use_cache=False,
+        **{key: batch[key] for key in ("token_type_ids",) if key in batch},
     ).logits
     return logits[batch["labels"] >= 0]
 

@@ -21,13 +21,14 @@ import numpy as np
 
 from peftrec.errors import DataError
 from peftrec.interactions import drawn_order
-from peftrec.prompts import Codec, Pieces
+from peftrec.prompts import Codec, Pieces, WholeText
 
 if TYPE_CHECKING:
     from peftrec.split import Log
 
 NO_LABEL = -100  # what transformers.Trainer does not count
 NOW = np.iinfo(np.int64).max
+LEAST_ROOM = 512  # tokens of a row of whole texts at least: a computer is idle with less
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,17 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return rows
 
 
+def alike(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of prompts put together into rows whose prompts, padded to the longest, take at most `max_tokens`."""
+    rows: list[list[int]] = []
+    for index in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
+        # The first one of a row is its longest.
+        if not rows or (len(rows[-1]) + 1) * lengths[rows[-1][0]] > max_tokens:
+            rows.append([])
+        rows[-1].append(index)
+    return rows
+
+
 class TimelineWindows:
     """Windows of a Log's events as arrays of tokens.
 
@@ -228,7 +240,7 @@ class TimelineWindows:
     def __init__(
         self,
         log: Log,
-        codec: Codec,
+        codec: Codec | WholeText,
         questions: Pieces,
         sight: Sight,
         *,
@@ -239,8 +251,7 @@ class TimelineWindows:
         max_history: int | None = None,
     ) -> None:
         self.log, self.codec, self.questions, self.sight = log, codec, questions, sight
-        self._tail_length = 1 + len(codec.line_end)
-        lengths = questions.lengths[log.item[sight.row]] + self._tail_length
+        lengths = questions.lengths[log.item[sight.row]] + codec.tail_length
         self.windows = cut(
             sight,
             lengths,
@@ -288,6 +299,7 @@ class TimelineWindows:
         Keys: `input_ids`; `position_ids`; `event` (0 is the header); `time` (dense rank, 0 is the header); `visible`;
         `row` (the log's row at read positions, else -1).
         """
+        assert isinstance(self.codec, Codec)
         window = self.windows[index]
         own = np.arange(window.start, window.stop)
         events = np.concatenate((self._seen[slice(*window.context)], own))
@@ -319,7 +331,7 @@ def lay_out(
     Positions count what an event can see, so that a candidate stands right behind its history wherever it lies in the
     row: the same positions as in a prompt of its own.
     """
-    tail = 1 + len(codec.line_end)
+    tail = codec.tail_length
     asked = questions.lengths[item]
     length = asked + tail
     begin = len(codec.header) + np.concatenate(([0], np.cumsum(length)[:-1])) if len(item) else np.zeros(0, np.int64)
@@ -395,8 +407,30 @@ class PromptWindows:
         }
 
 
+class TextWindows(PromptWindows):
+    """Prompts whose tokens all see each other, read at their first token.
+
+    Args:
+        rows: the log's row that each prompt asks for.
+        ids: each prompt's tokens.
+        types: each prompt's token types, or None where the model has none.
+    """
+
+    def __init__(self, rows: np.ndarray, ids: Sequence[list[int]], types: Sequence[list[int] | None]) -> None:
+        super().__init__(rows, ids)
+        self._types = types
+
+    def arrays(self, index: int) -> dict[str, np.ndarray]:
+        """One prompt as arrays of length T: `input_ids`, `position_ids`, `row`, and `token_type_ids` if there are."""
+        ids, types = np.asarray(self._ids[index], dtype=np.int64), self._types[index]
+        row = np.full(len(ids), -1, dtype=np.int64)
+        row[0] = self._rows[index]
+        arrays = {"input_ids": ids, "position_ids": np.arange(len(ids)), "row": row}
+        return arrays if types is None else {**arrays, "token_type_ids": np.asarray(types, dtype=np.int64)}
+
+
 class WindowDataset:
-    """Packed rows, ready for a data loader: each item is one row of at most `max_tokens`.
+    """Packed rows, ready for a data loader: each item is one row of at most `max_tokens`, of whole texts `LEAST_ROOM`.
 
     Args:
         windows: what to pack.
@@ -411,7 +445,11 @@ class WindowDataset:
         self.windows = windows
         self.label = label
         self.prior = np.zeros(len(label), dtype=np.float32) if prior is None else prior
-        self.rows = pack(windows.lengths, max_tokens)
+        if isinstance(windows, TextWindows):
+            # Whether the model packs them or pads them, which it alone knows, prompts of one length leave no gaps.
+            self.rows = alike(windows.lengths, max(max_tokens, LEAST_ROOM))
+        else:
+            self.rows = pack(windows.lengths, max_tokens)
         self.tokens = sum(windows.lengths)
         self.events = windows.events
 

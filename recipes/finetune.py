@@ -31,6 +31,7 @@ from peftrec import (
     encode,
     figures,
     interactions,
+    methods,
     metrics,
     opponents,
     record,
@@ -38,6 +39,7 @@ from peftrec import (
     scorer,
     split,
     train,
+    virtual_tokens,
 )
 from peftrec.errors import ConfigError, DataError, as_one_line
 from peftrec.recommender import Recommender
@@ -77,19 +79,9 @@ def main() -> None:
     # What counting alone predicts: the opponents, and the prior if the recipe wants one.
     known = opponents.measure(log, recipe)
 
-    # Text and model.
-    loaded = backbone.load(recipe.model)
-    backbone.check_window(loaded.model, recipe.prompt.max_tokens)
-    encoder = encode.Encoder(
-        log,
-        recipe.prompt,
-        loaded.tokenizer,
-        recipe.eval.ties,
-        task=recipe.task,
-        shuffle=recipe.seed if recipe.train.order == "random" else None,
-    )
-    model = scorer.answer_only(loaded.model, encoder.codec.answers)
-    say(f"model: {loaded.base.name}, {loaded.base.parameters / 1e6:.0f} M parameters, on {model.device}")
+    # What is predicted, text and model.
+    methods.check(recipe.adapter)
+    backbone.check(recipe)
     learned = log.split == split.TRAIN
     how = recipe.score
     target = fit_target(
@@ -100,6 +92,19 @@ def main() -> None:
         log.label[learned],
         None if known.prior is None else known.prior[learned],
     )
+    loaded = backbone.load(recipe.model, target)
+    backbone.check_window(loaded.model, recipe.prompt.max_tokens)
+    encoder = encode.Encoder(
+        log,
+        recipe.prompt,
+        loaded.tokenizer,
+        recipe.eval.ties,
+        task=recipe.task,
+        shuffle=recipe.seed if recipe.train.order == "random" else None,
+        kind=loaded.kind,
+    )
+    model = scorer.with_head(loaded.model, target.head, encoder.codec.answers)
+    say(f"model: {loaded.base.name}, {loaded.base.parameters / 1e6:.0f} M parameters, on {model.device}")
 
     # Train.
     drawn = interactions.drawn_order(len(log.user_ids), recipe.seed, "evaluated users")
@@ -116,13 +121,26 @@ def main() -> None:
         )
     fitted: train.Fitted | None = None
     trains = recipe.adapter.method != "none"
+    reported = encoder.evaluate(np.concatenate((valid_rows, test_rows)), recipe.eval.history, known.prior)
+    base_outputs = None
+    asks_base = recipe.eval.base_model and target.head == "tokens"  # a head that is not trained yet says nothing
+    if recipe.adapter.method == "full" and asks_base:  # there will be no adapter to switch off
+        _, base_outputs = train.score(model, reported, description="score, base model", processes=state)
     if trains:
-        model = adapters.attach(model, recipe.adapter, base_name=loaded.base.hub_id, seed=recipe.seed)
+        data_train = encoder.train(known.prior)
+        model = adapters.attach(
+            model,
+            recipe.adapter,
+            base_name=loaded.base.hub_id,
+            seed=recipe.seed,
+            steps=train.total_steps(recipe.train, len(data_train)),
+            original=lambda: backbone.load(dataclasses.replace(recipe.model, load_in_4bit=False), target).model,
+        )
+        backbone.check_window(loaded.model, recipe.prompt.max_tokens, virtual_tokens.count(model))
     # Nothing is written before everything that can be wrong with the recipe has been tried.
     if state.is_main_process:
         _prepare(folder, recipe, resume=arguments.resume)
     if trains:
-        data_train = encoder.train(known.prior)
         say(
             f"train: {adapters.trainable_parameters(model) / 1e6:.2f} M parameters on {data_train.events:,} events, "
             f"{data_train.tokens:,} tokens in {len(data_train):,} rows an epoch"
@@ -141,11 +159,9 @@ def main() -> None:
 
     # Score the rows that are reported, with the adapter and without it.
     begin = time.perf_counter()
-    reported = encoder.evaluate(np.concatenate((valid_rows, test_rows)), recipe.eval.history, known.prior)
     rows, outputs = train.score(model, reported, description="score", processes=state)
     score_seconds = time.perf_counter() - begin
-    base_outputs = None
-    if fitted is not None and recipe.eval.base_model:
+    if fitted is not None and asks_base and base_outputs is None:
         with model.disable_adapter():
             _, base_outputs = train.score(model, reported, description="score, base model", processes=state)
     if not state.is_main_process:
@@ -178,7 +194,7 @@ def main() -> None:
         intervals=comparison.intervals,
         rows={name: size.rows for name, size in comparison.sizes.items()},
         scale=log.scale,
-        loss=recipe.score.loss,
+        loss=target.loss,
         ranking_only=baselines.RANKING_ONLY,
     )
     about: artifact.Artifact | None = None
@@ -198,7 +214,7 @@ def main() -> None:
         )
         _save(folder / "adapter", model, loaded.tokenizer, about, known.saved_prior)
         facts |= {
-            "config": dataclasses.asdict(recipe.adapter),
+            "config": config.recipe_to_dict(recipe)["adapter"],
             "trainable_parameters": adapters.trainable_parameters(model),
             "bytes": adapters.file_bytes(folder / "adapter"),
         }
@@ -292,7 +308,6 @@ def _save(folder: Path, model: Any, tokenizer: Any, about: artifact.Artifact, pr
     scratch = folder.with_name(f".{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     adapters.save(model, scratch)
-    (scratch / "README.md").unlink(missing_ok=True)  # PEFT's blank card says nothing true of this adapter
     tokenizer.save_pretrained(scratch)
     artifact.write(scratch, about, prior)
     shutil.rmtree(folder, ignore_errors=True)

@@ -50,17 +50,29 @@ def test_models_differ_in_fingerprint(tiny_llama_folder: Path, tiny_qwen2_folder
     )
 
 
-def test_encoder_without_output_layer_is_refused(tiny_bert_folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"tiny-bert.*not in the checkpoint.*; expected a causal language model"):
+def test_an_encoder_has_no_next_token(tiny_bert_folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"score.head: tokens; .*tiny-bert.* is an encoder.*; expected a causal"):
         backbone.load(model_at(tiny_bert_folder))
 
 
-def test_encoder_that_guesses_masked_words_is_refused(tiny_bert_folder: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ("BertModel", r"\d+ of its weights are not in the checkpoint"),
+        ("BertForMaskedLM", "a token sees those behind it"),
+    ],
+)
+def test_an_encoder_that_passes_for_a_causal_model(
+    tiny_bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: str, message: str
+) -> None:
+    import transformers
 
-    BertForMaskedLM(BertConfig.from_pretrained(tiny_bert_folder)).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_bert_folder).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"BertLMHeadModel: .*; expected a causal language model, not an encoder"):
+    from peftrec import heads
+
+    getattr(transformers, saved)(transformers.BertConfig.from_pretrained(tiny_bert_folder)).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(tiny_bert_folder).save_pretrained(tmp_path)
+    monkeypatch.setattr(heads, "kind_of", lambda shape: "causal")
+    with pytest.raises(ModelError, match=f"BertLMHeadModel: {message}.*; expected a causal language model, not an en"):
         backbone.load(model_at(tmp_path))
 
 

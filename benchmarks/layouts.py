@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed pairs")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     arguments = parser.parse_args()
-    # Half a window of overlap, so that an event sees about as much as in a pointwise prompt: with a quarter (128 tokens)
-    # the first events of a window see 15 others, and AUC is 0.01 lower (docs/LOG.md).
+    # Half a window of overlap, so that an event sees about as much as in a pointwise prompt: with a quarter the first
+    # events of a window see 15 others, and AUC is 0.01 lower (docs/LOG.md).
     base = config.load_recipe(RECIPE, ["--score.prior", "none", "--prompt.overlap", "256"])
     # One text for both: the pointwise prompt is the timeline up to the event in question.
     pointwise = dataclasses.replace(

@@ -8,7 +8,7 @@ rows and adapters are float32 already, and checkpointing (not reentrant) needs n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -22,7 +22,12 @@ T = TypeVar("T")
 
 @contextmanager
 def loading(
-    model: config.Model, device: str, look: Callable[[torch.Tensor], T]
+    model: config.Model,
+    device: str,
+    look: Callable[[torch.Tensor], T],
+    auto_class: Any,
+    source: str,
+    told: Mapping[str, Any],
 ) -> Iterator[tuple[dict[str, Any], dict[str, T]]]:
     """What to tell `from_pretrained` so that it quantizes, and what becomes of the weights: (options, weights).
 
@@ -35,6 +40,9 @@ def loading(
         model: the recipe's section.
         device: where the model goes; its weights are quantized there.
         look: what to do with a weight, which is gone afterwards.
+        auto_class: of transformers, which loads the model.
+        source: where it finds it.
+        told: what it is told besides, `trust_remote_code` at least.
     """
     if not (model.load_in_4bit or model.load_in_8bit):
         yield {}, {}
@@ -61,6 +69,7 @@ def loading(
         # values only where they are stored in the type of their neighbours.
         bnb_4bit_compute_dtype=model.dtype,
         bnb_4bit_quant_storage=model.dtype,
+        llm_int8_skip_modules=_kept_whole(auto_class, source, told),
     )
     untouched = {kind: kind.convert for kind in (Bnb4bitQuantize, Bnb8bitQuantize)}
     try:
@@ -70,6 +79,23 @@ def loading(
     finally:
         for kind, convert in untouched.items():
             kind.convert = convert
+
+
+def _kept_whole(auto_class: Any, source: str, told: Mapping[str, Any]) -> list[str]:
+    """Modules that are not quantized: what transformers leaves out, which is the output matrix, and any other head.
+
+    transformers means to leave a model's last layer out, but misses it where it has a bias.
+    """
+    from transformers import AutoConfig
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    with torch.device("meta"):
+        empty = auto_class.from_config(
+            AutoConfig.from_pretrained(source, **told), trust_remote_code=told["trust_remote_code"]
+        )
+    trunk = empty.base_model_prefix
+    outside = [name for name, _ in empty.named_children() if name != trunk] if hasattr(empty, trunk) else []
+    return [*get_keys_to_not_convert(empty), *outside, f"{trunk}.pooler"]
 
 
 def layers(model: Any) -> dict[str, Any]:

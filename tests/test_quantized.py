@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from peftrec import Recommender, adapters, backbone, config, quantized, record, scorer
 from peftrec.errors import ConfigError, ModelError
+from peftrec.target import Target
 
 ROOT = Path(__file__).parents[1]
 BITS = {"4-bit": {"load_in_4bit": True}, "8-bit": {"load_in_8bit": True}}
@@ -244,6 +245,55 @@ class TestLoading:
         with pytest.raises(ModelError, match="could not be loaded"):
             load(tmp_path / "absent", **bits)
         assert (Bnb4bitQuantize.convert, Bnb8bitQuantize.convert) == untouched
+
+
+class TestHeads:
+    """transformers itself quantizes a head that has a bias, and a pooler that is still to be drawn."""
+
+    @pytest.fixture(params=["llama", "bert", "bert without pooler", "roberta"])
+    def classifier(self, request: pytest.FixtureRequest, folder: Path, tiny_bert_folder: Path, tmp_path: Path) -> Path:
+        from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
+
+        if request.param in ("llama", "bert"):
+            return folder if request.param == "llama" else tiny_bert_folder
+        shape = BertConfig.from_pretrained(tiny_bert_folder).to_dict()
+        if request.param == "roberta":
+            RobertaForMaskedLM(RobertaConfig(**{**shape, "model_type": "roberta"})).save_pretrained(tmp_path)
+        else:
+            BertForMaskedLM(BertConfig(**shape)).save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+        return tmp_path
+
+    @both
+    def test_what_is_trained_is_whole(self, classifier: Path, bits: dict[str, Any]) -> None:
+        target = Target(head="classifier")
+        whole, small = (
+            backbone.load(config.Model(name=str(classifier), dtype="float32", **options), target)
+            for options in ({}, bits)
+        )
+        assert dataclasses.replace(small.base, quantization=None) == whole.base
+        new = {name for name, parameter in whole.model.named_parameters() if parameter.requires_grad}
+        assert {name for name, parameter in small.model.named_parameters() if parameter.requires_grad} == new
+        linear = {
+            name
+            for name, layer in whole.model.named_modules()
+            if isinstance(layer, torch.nn.Linear) and f"{name}.weight" not in new and "pooler" not in name
+        }
+        assert quantized.layers(small.model).keys() == linear
+
+    def test_encoder_decoder(self, tokenizer: Any, tmp_path: Path) -> None:
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        shape = T5Config(d_model=64, d_ff=128, d_kv=16, num_layers=1, num_heads=4, vocab_size=320)
+        T5ForConditionalGeneration(shape).save_pretrained(tmp_path)
+        settings = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**settings, "decoder_start_token_id": 0}))
+        tokenizer.save_pretrained(tmp_path)
+        whole, small = load(tmp_path), load(tmp_path, load_in_4bit=True)
+        assert dataclasses.replace(small.base, quantization=None) == whole.base
+        # Self-attention of either side, attention from one to the other, and two MLPs without their last layers, which
+        # T5 keeps in float32.
+        assert len(quantized.layers(small.model)) == 3 * 4 + 2
 
 
 class TestQuantizedCheckpoints:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -122,6 +122,7 @@ class Recommender:
         prior: bool = True,
         strict: bool = False,
         trust_remote_code: bool = False,
+        quantize: Literal["4bit", "8bit"] | None = None,
     ) -> Recommender:
         """Load an adapter that peftrec saved.
 
@@ -137,6 +138,7 @@ class Recommender:
             prior: whether the saved prior is added to the model's score.
             strict: refuse a base model with other weights than those of the training; else only warn.
             trust_remote_code: run Python code that comes with the base model; no file can say so, only the caller.
+            quantize: load the base model in 4 or 8 bits, whatever it was trained in: less memory, other scores.
 
         Raises:
             ModelError: no adapter in the folder, or it does not fit the base model.
@@ -146,7 +148,8 @@ class Recommender:
         about = artifact.read(folder)
         saved_prior = artifact.read_prior(folder, about) if prior else None
         table = _items(items, columns, about)
-        loaded = _load_base(about, base_model or _base_of_run(Path(folder)), dtype, trust_remote_code)
+        base = base_model or _base_of_run(Path(folder))
+        loaded = _load_base(about, base, dtype, trust_remote_code, quantize)
         _check_fingerprint(about, loaded.base, strict)
         model = scorer.with_head(loaded.model, about.target.head, about.prompt.answer_ids)
         model = adapters.load(model, folder)
@@ -373,16 +376,24 @@ def _target(about: artifact.Artifact) -> Target:
 
 
 def _load_base(
-    about: artifact.Artifact, base_model: str | Path | None, dtype: str | None, trust_remote_code: bool
+    about: artifact.Artifact,
+    base_model: str | Path | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+    quantize: str | None,
 ) -> backbone.Backbone:
     if dtype is not None and dtype not in backbone.DTYPES:
         raise ModelError(f"dtype: {dtype!r}; expected one of {', '.join(backbone.DTYPES)}")
+    if quantize not in (None, "4bit", "8bit"):
+        raise ModelError(f"quantize: {quantize!r}; expected 4bit, 8bit or None")
     base = about.base_model
     wanted = config.Model(
         name=base.name if base_model is None else str(base_model),
         revision=base.revision if base_model is None else None,
         dtype=dtype or base.dtype,  # type: ignore[arg-type]
         trust_remote_code=trust_remote_code,
+        load_in_4bit=quantize == "4bit",
+        load_in_8bit=quantize == "8bit",
     )
     try:
         loaded = backbone.load(wanted, _target(about))

@@ -544,7 +544,14 @@ def test_recipe_killed_and_resumed(recipe: Path, folder: Path, tmp_path: Path, b
     about = json.loads((tmp_path / "killed/adapter/peftrec.json").read_text())
     assert about["base_model"]["fingerprint"] == facts.model["fingerprint"]
 
-    plain = Recommender.from_pretrained(tmp_path / "killed/adapter", strict=True)
-    asked = ["Film 1", "Film 2"]
-    assert np.isfinite(plain.score([("Film 3", 1)], asked)).all()
-    assert not quantized.layers(plain.model)
+    asked = [[("Film 3", 1), ("Film 4", 0)], [f"Film {k}" for k in range(30)]]
+    scores = {}
+    for quantize in (None, "4bit", "8bit"):
+        loaded = Recommender.from_pretrained(tmp_path / "killed/adapter", strict=True, quantize=quantize)
+        assert bool(quantized.layers(loaded.model)) is (quantize is not None)
+        scores[quantize] = loaded.score(*asked)
+    for other in ("4bit", "8bit"):
+        assert not np.array_equal(scores[other], scores[None])
+        assert np.corrcoef(scores[other], scores[None])[0, 1] > 0.8
+    with pytest.raises(ModelError, match="quantize: '2bit'; expected 4bit, 8bit or None"):
+        Recommender.from_pretrained(tmp_path / "killed/adapter", quantize="2bit")  # type: ignore[arg-type]

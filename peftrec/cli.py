@@ -112,12 +112,19 @@ def _validate(given: argparse.Namespace) -> None:
     from peftrec import interactions
 
     interactions.check(recipe.data, config.placeholders(recipe.prompt.item), recipe.task)
+    if recipe.adapter.method == "other":  # the names are PEFT's, whose import takes seconds
+        from peftrec import methods
+
+        methods.check(recipe.adapter)
     print(f"{given.config}: valid")
     for name, text in _summary(recipe):
         print(f"  {name:<8} {text}")
 
 
 def _summary(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    from peftrec import config
+    from peftrec.schema import show
+
     data, train = recipe.data, recipe.train
     records = data.records if isinstance(data.records, str) else ", ".join((data.records or {}).values())
     users = f", {data.sample_users} users of it" if data.sample_users else ""
@@ -127,9 +134,9 @@ def _summary(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.adapter.method == "none":
         yield "adapter", "none: the base model is measured as it is"
     else:
-        targets = recipe.adapter.target_modules
-        where = targets if isinstance(targets, str) else ", ".join(targets)
-        yield "adapter", f"{recipe.adapter.method}, r={recipe.adapter.r} on {where}"
+        settings = config.recipe_to_dict(recipe)["adapter"]
+        method = settings.pop("method")
+        yield "adapter", ", ".join([method, *(f"{name} {show(value)}" for name, value in settings.items())])
         length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
         yield "train", f"{length}, learning rate {train.learning_rate:g} ({train.lr_scheduler_type})"
     yield "score", "model alone" if recipe.score.prior == "none" else f"model + {recipe.score.prior}"

@@ -23,14 +23,15 @@ from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
-from peftrec import adapters, backbone, config, scorer
+from peftrec import adalora, adapters, backbone, config, scorer
 from peftrec.errors import PeftrecError
+from peftrec.target import Target
 from peftrec.timeline import WindowDataset, collate
 
 STATE = "trainer_state.json"
 LEAST_FREE = 1_000_000  # bytes; with less than this on the disk a failed write is put down to it
 
-ScoresToMetrics = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # (rows, scores with prior) -> metrics
+ToMetrics = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # rows (n,) and the head's outputs (n, K) -> metrics
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Fitted:
 
 
 def score(model: Any, data: WindowDataset, *, description: str, processes: Any = None) -> tuple[np.ndarray, np.ndarray]:
-    """Score every read row of `data` once, over all processes: (rows, model's log-odds without the prior), row order.
+    """Ask for every read row of `data` once, over all processes: rows of the log (n,), ascending, and outputs (n, K).
 
     Args:
         model: base or PEFT model with an answer head.
@@ -62,38 +63,42 @@ def score(model: Any, data: WindowDataset, *, description: str, processes: Any =
     rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
     mine = range(rank, len(data), world)
     with tqdm(total=data.events, desc=description, unit=" events", disable=rank > 0, leave=False) as bar:
-        scores = scorer.score_rows(model, data, mine, progress=lambda n: bar.update(n * world))
+        parts = [scorer.score_rows(model, data, mine, progress=lambda n: bar.update(n * world))]
     if world > 1:
         from accelerate.utils import gather_object
 
-        scores = dict(gather_object(list(scores.items())))
-    rows = np.fromiter(sorted(scores), dtype=np.int64, count=len(scores))
-    return rows, np.fromiter((scores[row] for row in rows.tolist()), dtype=np.float32, count=len(rows))
+        parts = [part for part in gather_object(parts) if len(part[0])]
+    rows, outputs = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    order = np.argsort(rows, kind="stable")
+    return rows[order], outputs[order]
 
 
 class WindowTrainer(Trainer):  # type: ignore[misc]
     """Trainer over packed windows: the loss is a mean over *events*, and validation counts every row once."""
 
-    def __init__(self, *args: Any, to_metrics: ScoresToMetrics, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, target: Target, to_metrics: ToMetrics, **kwargs: Any) -> None:
         super().__init__(*args, data_collator=collate, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the labels of a whole optimizer step
         self.loss_is_scaled_for_ga = True
-        self.to_metrics = to_metrics
+        self.target, self.to_metrics = target, to_metrics
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Sum over this batch's events divided by the step's events over all processes."""
         del return_outputs
-        loss = scorer.interaction_loss(model, inputs, self.model.dtype, num_items_in_batch)
+        loss = scorer.interaction_loss(model, inputs, self.model.dtype, self.target, num_items_in_batch)
+        if adalora.is_adaptive(self.model):
+            # Once for the whole optimizer step: each batch adds its share of the step's events.
+            loss = loss + adalora.penalty(self.model) * (inputs["labels"] >= 0).sum() / num_items_in_batch
         processes: int = self.accelerator.num_processes
         return loss * processes  # DDP averages gradients over processes; the sum is wanted
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Score the validation rows and report their metrics."""
         model = self.accelerator.unwrap_model(self.model)
-        rows, scores = score(model, self.eval_dataset, description="valid", processes=self.accelerator)
-        metrics = self.to_metrics(rows, scores + self.eval_dataset.prior[rows])
+        rows, outputs = score(model, self.eval_dataset, description="valid", processes=self.accelerator)
+        metrics = self.to_metrics(rows, outputs)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -111,8 +116,20 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            adapters.save(self.accelerator.unwrap_model(self.model), folder)
+            adapters.save_checkpoint(self.accelerator.unwrap_model(self.model), folder)
             torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they keep their shards themselves
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            adapters.load_checkpoint(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class Clock(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -172,7 +189,8 @@ def fit(
     model: Any,
     train_data: WindowDataset,
     valid_data: WindowDataset,
-    to_metrics: ScoresToMetrics,
+    target: Target,
+    to_metrics: ToMetrics,
     *,
     train: config.Train,
     folder: Path,
@@ -185,7 +203,8 @@ def fit(
         model: PEFT model with an answer head, changed in place.
         train_data: packed training windows.
         valid_data: packed validation windows.
-        to_metrics: turns validated rows and scores into metrics; `loss` must be among them.
+        target: what the head's outputs are trained to.
+        to_metrics: turns validated rows and outputs into metrics; `loss` must be among them.
         train: the recipe's section.
         folder: checkpoints go to `folder/checkpoint-N`.
         seed: of data order and dropout.
@@ -215,6 +234,7 @@ def fit(
         save_total_limit=2,
         load_best_model_at_end=train.evals > 0,
         metric_for_best_model=train.metric_for_best_model if train.evals else None,
+        greater_is_better=train.metric_for_best_model in ("auc", "uauc"),
         restore_callback_states_from_checkpoint=True,
         logging_steps=train.logging_steps,
         report_to=train.report_to,
@@ -225,12 +245,19 @@ def fit(
         dataloader_pin_memory=backbone.has_gpu(),
     )
     trainer = WindowTrainer(
-        model=model, args=arguments, train_dataset=train_data, eval_dataset=valid_data, to_metrics=to_metrics
+        model=model,
+        args=arguments,
+        train_dataset=train_data,
+        eval_dataset=valid_data,
+        target=target,
+        to_metrics=to_metrics,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress())
     trainer.add_callback(Clock())
+    if adalora.is_adaptive(model):
+        trainer.add_callback(adalora.RankSchedule())
     if train.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(train.early_stopping_patience))
     newest = _newest_checkpoint(folder) if resume else None

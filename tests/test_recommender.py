@@ -478,9 +478,9 @@ def test_only_the_caller_lets_a_model_run_its_own_code(
 ) -> None:
     asked, real = [], backbone.load
 
-    def noted(model: config.Model) -> backbone.Backbone:
+    def noted(model: config.Model, *target: Any) -> backbone.Backbone:
         asked.append(model.trust_remote_code)
-        return real(dataclasses.replace(model, trust_remote_code=False))
+        return real(dataclasses.replace(model, trust_remote_code=False), *target)
 
     monkeypatch.setattr(backbone, "load", noted)
     load()

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from peftrec import adapters, config, scorer
@@ -116,11 +115,11 @@ def losses(fitted: training.Fitted) -> list[tuple[float, float]]:
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"checkpoint-{step}" / "adapter_model.safetensors")
+    return load_file(folder / f"checkpoint-{step}" / adapters.CHECKPOINT)
 
 
 def adapter_of(model: Any) -> dict[str, torch.Tensor]:
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+    return adapters.training_state(model)
 
 
 def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

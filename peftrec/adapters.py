@@ -245,6 +245,8 @@ def _read_config(folder: Path) -> Any:
 
 def _load_full(model: Any, folder: Path) -> Any:
     path = folder / FULL
+    if quantized.layers(model):
+        raise ModelError(f"{path}: weights of a whole model, for a base that is quantized; load it unquantized")
     model = model.float()
     parameters = dict(model.named_parameters())
     try:

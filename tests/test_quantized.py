@@ -423,6 +423,12 @@ class TestOtherBase:
         assert not torch.allclose(before, base, atol=1e-1)
 
 
+def test_weights_of_a_whole_model(folder: Path, tmp_path: Path) -> None:
+    adapters.save(attached(folder, config.Adapter(method="full")), tmp_path)
+    with pytest.raises(ModelError, match="weights of a whole model, for a base that is quantized; load it unquantized"):
+        adapters.load(answering(folder, load_in_4bit=True), tmp_path)
+
+
 def test_merging_what_is_no_change_of_weights(folder: Path) -> None:
     from peft import PromptTuningConfig, get_peft_model
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from peftrec import adapters, config, methods, scorer
+from peftrec.compatibility import OWN_METHODS, REFUSED_TYPES
 from peftrec.errors import ConfigError, ModelError
 
 SMALL: dict[str, Any] = {"vocab_size": 320, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
@@ -139,8 +140,6 @@ LOWEST = torch.finfo(torch.float32).min
 def every_type() -> list[str]:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    from peftrec.compatibility import OWN_METHODS, REFUSED_TYPES
-
     names = {str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
     return sorted(names - REFUSED_TYPES.keys() - OWN_METHODS.keys())
 
@@ -255,3 +254,17 @@ def test_other_that_does_not_fit_the_model(load_tiny: Callable[..., Any], tiny_l
 def test_bare_base_model_has_no_answer_head_to_train(tiny_model: Any) -> None:
     assert methods._heads(tiny_model) == []
     assert isinstance(tiny_model.get_output_embeddings(), scorer.AnswerHead)
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+
+
+def test_the_page_names_each_methods_keys() -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| `")]
+    found = {row[0].strip("`"): tuple(row[1].replace("`", "").split()) for row in rows[1:]}
+    assert found == {name: keys for name, keys in config.METHOD_KEYS.items() if name in found}
+    assert found.keys() == config.METHOD_KEYS.keys()
+
+
+def test_the_page_names_every_refused_type() -> None:
+    assert all(name in PAGE for name in REFUSED_TYPES)

@@ -53,7 +53,6 @@ ORDER = (
     "methods",
     "adapters",
     "scorer",
-    "dealer",
     "train",
     "record",
     "looks",

@@ -688,7 +688,7 @@ def test_transformers_and_peft_alone_give_the_same_scores(
     how = about.target
     target = Target(about.task, how.head, how.loss, tuple(how.scale), tuple(how.offset), how.slope, how.centre)
     assert outputs.shape == (8, target.outputs)
-    assert outputs.std(axis=0).max() > 0.01
+    assert outputs.std(axis=0).max() > 1e-3  # ten times what they may be off
     np.testing.assert_allclose(target.measure(outputs)[0], [probe.score for probe in about.probes], atol=1e-4)
 
 

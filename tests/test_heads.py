@@ -239,7 +239,7 @@ def test_trained_saved_and_read_by_plain_peft(
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", PLAIN, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     theirs = np.asarray(json.loads(done.stdout.splitlines()[-1]))
-    np.testing.assert_allclose(theirs, ours, **CLOSE)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
     assert theirs.std() > 0.05
 
     about = artifact.describe(

@@ -111,21 +111,33 @@ def _wrap(model: Any, wanted: Any) -> Any:
     return attached
 
 
+class _Rounded(nn.Module):
+    """Mixed into a layer norm whose trained values are float32: it reckons with them in the base model's type."""
+
+    reckons_in: torch.dtype
+
+    @property
+    def weight(self) -> torch.Tensor | None:
+        return self._rounded("weight")
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self._rounded("bias")
+
+    def _rounded(self, name: str) -> torch.Tensor | None:
+        value = self._parameters.get(name)
+        return None if value is None else value.to(self.reckons_in)
+
+
 def _in_float32(norm: nn.Module) -> None:
-    """Let a trained layer norm reckon in float32 and answer in the type that it was asked in.
+    """Let a layer norm of 16 bits train in float32, as PEFT does for all other methods.
 
-    In bfloat16 the values next to 1 are 0.004 away: an optimizer's step would be lost. PEFT sees to this for all other
-    methods.
+    In bfloat16 the values next to 1 are 0.004 away: an optimizer's step would be lost. What the base model, and plain
+    PEFT on it, would compute with the same weights stays as it is.
     """
-    norm.float()
-    asked: list[torch.dtype] = []
-
-    def widen(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        asked.append(inputs[0].dtype)
-        return (inputs[0].float(), *inputs[1:])
-
-    norm.register_forward_pre_hook(widen)
-    norm.register_forward_hook(lambda _, inputs, output: output.to(asked.pop()))
+    (reckons_in,) = {parameter.dtype for parameter in norm.parameters()}
+    if reckons_in != torch.float32:
+        norm.float().__class__ = type(type(norm).__name__, (_Rounded, type(norm)), {"reckons_in": reckons_in})
 
 
 def _no_place(model: Any, adapter: config.Adapter, error: Exception) -> str:

@@ -113,7 +113,8 @@ def load(model: config.Model, target: Target | None = None) -> Backbone:
                 **quantizing,
                 **options,
             )
-    loaded.to(device).eval().requires_grad_(False)
+    # A model that is to be cut into shards may be too large for one GPU; quantized weights stay where they were made.
+    loaded.to("cpu" if sharded() and not quantizing else device).eval().requires_grad_(False)
     quantization = quantized.settle(loaded, model, whole)
     absent = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
     loaded = heads.prepare(loaded, kind, target.head, absent)
@@ -247,6 +248,12 @@ def _sample(tensor: torch.Tensor) -> bytes:
 def has_gpu() -> bool:
     """Whether the model goes to a GPU: there is one, and accelerate was not told to stay on the CPU."""
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
+
+
+def sharded() -> bool:
+    """Whether accelerate was told to cut the model into shards, one for each process."""
+    flags = (os.environ.get(name, "false").lower() for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+    return "true" in flags
 
 
 def accelerators() -> list[str]:

@@ -456,8 +456,22 @@ class WindowDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        lengths = self.windows.lengths
+        return [sum(lengths[i] for i in row) for row in self.rows]
+
+    def blank(self) -> dict[str, np.ndarray]:
+        """A short row that asks nothing, for a process that has nothing to do while others compute."""
+        row = self._row([int(np.argmin(self.windows.lengths))])
+        return {**row, "labels": np.full_like(row["labels"], NO_LABEL), "row": np.full_like(row["row"], -1)}
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        parts = [self.windows.arrays(i) for i in self.rows[index]]
+        return self._row(self.rows[index])
+
+    def _row(self, windows: Sequence[int]) -> dict[str, np.ndarray]:
+        parts = [self.windows.arrays(i) for i in windows]
         row = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         row["segment"] = np.repeat(np.arange(len(parts)), [len(part["row"]) for part in parts])
         read = row["row"] >= 0

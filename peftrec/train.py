@@ -17,13 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
-from peftrec import adalora, adapters, backbone, config, scorer
+from peftrec import adalora, adapters, backbone, config, processes, scorer
+from peftrec.dealer import StepSampler, deal
 from peftrec.errors import PeftrecError
 from peftrec.target import Target
 from peftrec.timeline import WindowDataset, collate
@@ -61,16 +65,26 @@ def score(model: Any, data: WindowDataset, *, description: str, processes: Any =
         processes: accelerate's state (or Accelerator), over whose processes the rows are dealt; None is one process.
     """
     rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
-    mine = range(rank, len(data), world)
+    hands = deal(data.lengths, world)
     with tqdm(total=data.events, desc=description, unit=" events", disable=rank > 0, leave=False) as bar:
-        parts = [scorer.score_rows(model, data, mine, progress=lambda n: bar.update(n * world))]
+        parts = [scorer.score_rows(model, data, hands[rank], progress=lambda n: bar.update(n * world))]
+    # A model in shards computes only while all processes do: one with fewer rows keeps step with the others.
+    blank: Any = [data.blank()]
+    scorer.score_rows(model, blank, [0] * (max(map(len, hands)) - len(hands[rank])))
     if world > 1:
-        from accelerate.utils import gather_object
-
         parts = [part for part in gather_object(parts) if len(part[0])]
     rows, outputs = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     order = np.argsort(rows, kind="stable")
     return rows[order], outputs[order]
+
+
+class _Loader(DataLoader[Any]):
+    """A data loader that Trainer tells which epoch it is in."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass it on to the sampler."""
+        assert isinstance(self.batch_sampler, StepSampler)
+        self.batch_sampler.set_epoch(epoch)
 
 
 class WindowTrainer(Trainer):  # type: ignore[misc]
@@ -82,6 +96,39 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         self.loss_is_scaled_for_ga = True
         self.target, self.to_metrics = target, to_metrics
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Shard a model on the CPU too, to try it out, where accelerate takes no notice of being told to (FSDP2)."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if backbone.sharded() and state.distributed_type == DistributedType.MULTI_CPU:
+            PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            self.is_fsdp_enabled = True
+
+    @property
+    def kind(self) -> str:
+        """What kind of checkpoints this writes: see `processes.kind`."""
+        return "fsdp" if self.is_fsdp_enabled else "deepspeed" if self.is_deepspeed_enabled else "plain"
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Every row once an epoch, dealt to the processes so that they finish together."""
+        data, args = self.train_dataset, self.args
+        blank = data.blank()
+        sampler = StepSampler(
+            data.lengths,
+            batch=args.per_device_train_batch_size,
+            passes=args.gradient_accumulation_steps * args.world_size,
+            seed=args.seed,
+            rank=args.process_index,
+            world=args.world_size,
+        )
+        return _Loader(
+            data,
+            batch_sampler=sampler,
+            collate_fn=lambda rows: collate(rows or [blank]),
+            pin_memory=args.dataloader_pin_memory,
+        )
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
@@ -91,8 +138,8 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         if adalora.is_adaptive(self.model):
             # Once for the whole optimizer step: each batch adds its share of the step's events.
             loss = loss + adalora.penalty(self.model) * (inputs["labels"] >= 0).sum() / num_items_in_batch
-        processes: int = self.accelerator.num_processes
-        return loss * processes  # DDP averages gradients over processes; the sum is wanted
+        world: int = self.accelerator.num_processes
+        return loss * world  # gradients are averaged over processes; the sum is wanted
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Score the validation rows and report their metrics."""
@@ -109,15 +156,22 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         self.state = TrainerState.load_from_json(str(checkpoint / STATE))
         self._load_callback_state()
         best = checkpoint.with_name(f"checkpoint-{self.state.best_global_step or self.state.global_step}")
-        self._load_from_checkpoint(str(best))
+        adapters.load_checkpoint(self.accelerator.unwrap_model(self.model), best)  # not yet in shards
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        del state_dict
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained, whole, into a checkpoint; all processes take part."""
         folder = Path(output_dir or self.args.output_dir)
+        cut = processes.gather(self.model)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             adapters.save_checkpoint(self.accelerator.unwrap_model(self.model), folder)
             torch.save(self.args, folder / "training_args.bin")
+        cut()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # What is written next says that the checkpoint is whole, so everybody's part of it must be there.
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they keep their shards themselves
@@ -224,7 +278,7 @@ def fit(
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         per_device_train_batch_size=train.per_device_train_batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        gradient_accumulation_steps=processes.passes_each(train.gradient_accumulation_steps),
         gradient_checkpointing=train.gradient_checkpointing,
         torch_compile=train.torch_compile,
         eval_strategy="steps" if train.evals else "no",
@@ -243,6 +297,9 @@ def fit(
         remove_unused_columns=False,
         disable_tqdm=True,
         dataloader_pin_memory=backbone.has_gpu(),
+        bf16=os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",  # DeepSpeed wants both to say the same
+        ddp_find_unused_parameters=False,  # an adapter has none
+        ddp_broadcast_buffers=False,  # nothing writes to them
     )
     trainer = WindowTrainer(
         model=model,
@@ -261,6 +318,11 @@ def fit(
     if train.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(train.early_stopping_patience))
     newest = _newest_checkpoint(folder) if resume else None
+    if newest and processes.kind(newest) != trainer.kind:
+        raise PeftrecError(
+            f"{newest}: written by {processes.kind(newest)} training, this is {trainer.kind}; each has an optimizer's "
+            "state of its own kind; resume with the accelerate settings that it began with, or add --overwrite"
+        )
     try:
         if newest and _ended(newest, steps):
             trainer.restore(newest)
@@ -287,12 +349,8 @@ def fit(
 
 
 def steps_per_epoch(train: config.Train, rows: int) -> int:
-    """Optimizer steps in one pass over `rows` packed rows on this process group."""
-    from accelerate import PartialState
-
-    processes: int = PartialState().num_processes
-    batches = math.ceil(rows / (train.per_device_train_batch_size * processes))
-    return max(1, math.ceil(batches / train.gradient_accumulation_steps))
+    """Optimizer steps in one pass over `rows` packed rows, however many processes share them."""
+    return max(1, math.ceil(rows / (train.per_device_train_batch_size * train.gradient_accumulation_steps)))
 
 
 def total_steps(train: config.Train, rows: int) -> int:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 
 from peftrec import (
     adapters,
@@ -34,6 +33,7 @@ from peftrec import (
     methods,
     metrics,
     opponents,
+    processes,
     record,
     report,
     scorer,
@@ -57,7 +57,7 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     recipe = config.load_recipe(arguments.config, overrides)
     folder = Path(recipe.output_dir)
-    state = PartialState()
+    state = processes.group()
     say = print if state.is_main_process else lambda *_: None
     backbone.quiet()
     backbone.use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -65,6 +65,10 @@ def main() -> None:
         say(f"{folder}: this run has ended; there is nothing to resume")
         return
     state.wait_for_everyone()  # nobody writes there before everybody has looked
+    if recipe.adapter.method != "none":
+        processes.passes_each(recipe.train.gradient_accumulation_steps)
+    if mistake := processes.alone_by_mistake():
+        say(f"warning: {mistake}")
 
     # Data: tables -> one log of events, each in one split.
     data = interactions.load(recipe.data, recipe.seed, recipe.task)
@@ -164,6 +168,7 @@ def main() -> None:
     if fitted is not None and asks_base and base_outputs is None:
         with model.disable_adapter():
             _, base_outputs = train.score(model, reported, description="score, base model", processes=state)
+    processes.gather(model)
     if not state.is_main_process:
         return
 

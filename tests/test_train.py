@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -335,54 +331,3 @@ class TestScore:
         training.score(tiny_model, data, description="valid")
         assert tiny_model.training
         tiny_model.eval()
-
-
-TWO = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import numpy as np
-import conftest, test_train
-from peftrec import adapters, backbone, config, prompts, scorer, train
-from peftrec.target import Target
-from accelerate import PartialState
-base, folder = sys.argv[2:]
-loaded = backbone.load(config.Model(name=base, dtype="float32"))
-codec = prompts.Codec(loaded.tokenizer, conftest.HEADER, [" no", " yes"])
-questions = prompts.Pieces.of(codec.questions(conftest.TITLES, 64))
-log = conftest.random_log(11, users=6, events=10)
-model = scorer.answer_only(loaded.model, codec.answers)
-model = adapters.attach(model, config.Adapter(r=4), base_name="tiny", seed=3)
-fitted = train.fit(
-    model, test_train.train_data(log, codec, questions), test_train.valid_data(log, codec, questions),
-    Target(), test_train.mean_loss(log), train=test_train.TRAIN, folder=Path(folder), seed=3,
-)
-state = PartialState()
-assert state.num_processes == 2, state
-if state.is_main_process:
-    (Path(folder) / "found.json").write_text(json.dumps({"log": fitted.log, "steps": fitted.steps}))
-state.wait_for_everyone()
-state.destroy_process_group()
-"""
-
-
-def test_two_processes_equal_one(fit: Callable[..., Any], tiny_llama_folder: Path, tmp_path: Path) -> None:
-    """Two processes of one row a step are one process of two rows: same losses, and each valid row counts once."""
-    script = tmp_path / "two.py"
-    script.write_text(TWO)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(
-        [*launch, str(Path(__file__).parent), str(tiny_llama_folder), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    _, expected = fit(tmp_path / "one", changed(per_device_train_batch_size=2))
-    for key in ("loss", "eval_loss"):
-        ours, theirs = ([e[key] for e in history if key in e] for history in (found["log"], expected.log))
-        assert len(ours) == len(theirs) > 0
-        np.testing.assert_allclose(ours, theirs, rtol=2e-3)
-    assert found["steps"] == expected.steps == 4

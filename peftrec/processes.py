@@ -1,0 +1,92 @@
+"""The processes that share a run: how many there are, and what each of them holds of the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from peftrec import backbone
+from peftrec.errors import ConfigError
+
+
+def group() -> Any:
+    """This run's processes as accelerate knows them (PartialState), which meet on the device that the model goes to.
+
+    Left to itself accelerate looks for GPUs, and where there are none each of several processes takes itself for the
+    only one.
+    """
+    return PartialState(cpu=not backbone.has_gpu())
+
+
+def alone_by_mistake() -> str | None:
+    """A line to warn with where accelerate was asked for several processes on the CPU, and started one."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    # Its launcher of single processes names a meeting point if, and only if, it was asked for several.
+    if launched and "MASTER_PORT" in os.environ and group().num_processes == 1 and not backbone.has_gpu():
+        return (
+            "accelerate was asked for several processes and started one, as it does for --cpu and MULTI_CPU; the run "
+            "goes on with one; for several use --config_file recipes/accelerate/multi_cpu.yaml"
+        )
+    return None
+
+
+def passes_each(passes: int) -> int:
+    """Forward passes of an optimizer step that each process computes, of the `passes` that all share.
+
+    Raises:
+        ConfigError: they cannot be shared evenly.
+    """
+    world: int = group().num_processes
+    if passes % world:
+        raise ConfigError(
+            f"train.gradient_accumulation_steps: {passes}; {world} processes share the forward passes of a step; make "
+            f"it a multiple of {world}, or start another number of processes"
+        )
+    return passes // world
+
+
+def kind(checkpoint: Path) -> str:
+    """What wrote a checkpoint: fsdp, deepspeed or plain, each with an optimizer state that the others cannot read."""
+    if any(checkpoint.glob("pytorch_model_fsdp*")):
+        return "fsdp"
+    return "deepspeed" if any(checkpoint.glob("global_step*")) else "plain"
+
+
+def gather(model: Any) -> Callable[[], None]:
+    """Make the trained parameters whole, whoever shards them; all processes must come here together.
+
+    Returns:
+        What cuts them into the same shards again.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what the last forward pass left whole must not be replaced
+    parts = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad and isinstance(parameter, DTensor)
+    ]
+    for module, name, parameter in parts:
+        setattr(module, name, nn.Parameter(parameter.full_tensor().detach().cpu()))
+    together = ExitStack()
+    partitioned = [one for one in model.parameters() if one.requires_grad and hasattr(one, "ds_id")]
+    if partitioned:
+        import deepspeed
+
+        together.enter_context(deepspeed.zero.GatheredParameters(partitioned))
+
+    def cut() -> None:
+        together.close()
+        for module, name, parameter in parts:
+            setattr(module, name, parameter)
+
+    return cut

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from peftrec import config
 from peftrec.baselines import Prior
 from peftrec.errors import ModelError
-from peftrec.prompts import ANSWER_MARK, LINE_END, Codec, Kind, WholeText
+from peftrec.prompts import ANSWER_MARK, LINE_END, Codec, Kind, WholeText, with_user
 from peftrec.rating_baselines import RatingPrior
 from peftrec.schema import Check, Reader, show
 
@@ -71,16 +71,20 @@ class PromptFormat:
     """One short prompt up to the read position. Of a causal model `bos` is included: tokenize it without adding special
     tokens."""
 
-    def text(self, history: Sequence[tuple[str, int]], item: str) -> str:
+    user: config.Template | None = None
+    """A person as text, which stands where the template has {user}; empty where nothing is known of them."""
+
+    def text(self, history: Sequence[tuple[str, int]], item: str, user: str = "") -> str:
         """The prompt as text, without `bos`, up to the position where the answer is read.
 
         Args:
             history: text and answer (its index) of each event shown, oldest first.
             item: text of the item in question.
+            user: text of the person.
         """
         lines = "".join(f"{text}{ANSWER_MARK}{self.answers[answer]}{self.line_end}" for text, answer in history)
         if self.template is not None:
-            return self.template.format(history=lines, item=item)
+            return with_user(self.template, user).format(history=lines, item=item)
         return f"{self.header}{lines}{item}{ANSWER_MARK}"
 
 
@@ -195,6 +199,7 @@ def describe(
         max_history=recipe.prompt.max_history,
         template=template or recipe.prompt.template,
         kind=kind,
+        user=recipe.prompt.user,
     )
     facts = {one.name: getattr(base, one.name) for one in dataclasses.fields(Base)}
     history, item = example

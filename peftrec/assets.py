@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -64,6 +64,8 @@ ML_100K = WheelAsset(
     size=2_130_151,
     members=tuple(f"recbole/dataset_example/ml-100k/ml-100k.{table}" for table in ("inter", "item")),
 )
+
+ML_100K_USERS = replace(ML_100K, name="ml-100k-users", members=("recbole/dataset_example/ml-100k/ml-100k.user",))
 
 SMOLLM2_135M_INSTRUCT = WheelAsset(
     name="smollm2-135m-instruct",

@@ -111,7 +111,9 @@ def _validate(given: argparse.Namespace) -> None:
     recipe = config.load_recipe(given.config, given.overrides)
     from peftrec import interactions
 
-    interactions.check(recipe.data, config.placeholders(recipe.prompt.item), recipe.task)
+    interactions.check(
+        recipe.data, config.placeholders(recipe.prompt.item), recipe.task, config.placeholders(recipe.prompt.user or "")
+    )
     if recipe.adapter.method == "other":  # the names are PEFT's, whose import takes seconds
         from peftrec import methods
 

@@ -97,6 +97,8 @@ class Data:
     """Commit, tag or branch of the Hub data set; null is its main branch."""
     items: Text | None = None
     """The items table, one row per item_id; not needed where the interactions have a title column."""
+    users: Text | None = None
+    """The users table, one row per user_id, where `prompt.user` shows something of it."""
     records: Text | RecordFiles | None = None
     """Ready-made prompts (instruction, input, output): one JSON or JSONL file to split, or one each for
     train, valid and test."""
@@ -135,7 +137,10 @@ class Prompt:
     max_history: Count | None = None
     """Most events shown before the one to score (pointwise); null shows as many as fit."""
     template: Template | None = None
-    """The whole prompt (pointwise), with {history} and {item}, or {instruction} and {input} for records."""
+    """The whole prompt (pointwise), with {history} and {item}, or {instruction} and {input} for records. An encoder
+    reads it as two texts, the second of which begins with {item} (or {input}), or behind a tab."""
+    user: Template | None = None
+    """A person as text, over the columns of the users table; stands where the template has {user}."""
     answers: Annotated[list[Text], Check("at least two answers", lambda a: len(a) > 1), Distinct] | None = None
     """One answer text for not liked and one for liked, or one for each rating from the lowest; a leading space is part
     of the token. Null takes no and yes, or the ratings as the tokenizer can write them in one token."""
@@ -452,16 +457,17 @@ def _idle(recipe: Recipe) -> dict[str, str]:
         _FILE_SUFFIXES
     )
     cases = (
-        (data.name, "data.name", "data.items data.columns data.hub_revision"),
+        (data.name, "data.name", "data.items data.users data.columns data.hub_revision"),
         (own_files, source, "data.hub_revision"),
-        (data.records, "data.records", "data.items data.like_at data.rating_range"),
-        (data.records, "data.records", "prompt.item prompt.header prompt.history prompt.max_history"),
+        (data.records, "data.records", "data.items data.users data.like_at data.rating_range"),
+        (data.records, "data.records", "prompt.item prompt.user prompt.header prompt.history prompt.max_history"),
+        (recipe.prompt.user is None, "prompt.user", "data.users"),
         (isinstance(data.records, dict), "data.records", " ".join(leaves(Split, "data.split."))),
         (kind != "column", "data.split.kind", "data.split.column"),
         (kind != "kfold", "data.split.kind", "data.split.folds data.split.fold"),
         (kind in ("leave_last_out", "column"), "data.split.kind", "data.split.valid data.split.test"),
         (kind == "kfold", "data.split.kind", "data.split.test"),
-        (layout == "timeline", "prompt.layout", "prompt.template prompt.max_history"),
+        (layout == "timeline", "prompt.layout", "prompt.template prompt.user prompt.max_history"),
         (layout == "pointwise", "prompt.layout", "prompt.overlap"),
         (recipe.prompt.template, "prompt.template", "prompt.header"),
         (not four_bits, "model.load_in_4bit", "model.bnb_4bit_quant_type model.bnb_4bit_use_double_quant"),
@@ -581,3 +587,16 @@ def _prompt_conflicts(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], st
         if not records and not {"history", "item"} <= names:
             text = f"{show(prompt.template)}; expected {{history}} and {{item}} in it; add what is missing"
             yield "prompt.template", ("data",), text
+        if not records and (odd := sorted(names - {"history", "item", "user"})):
+            text = (
+                f"{{{odd[0]}}} in it; expected {{history}}, {{item}} and {{user}} only; columns belong to prompt.item"
+            )
+            yield "prompt.template", ("data",), text
+        if "user" in names and prompt.user is None:
+            yield "prompt.user", ("prompt.template",), "missing; the template shows {user}: say what that is"
+    if prompt.user is not None and prompt.layout == "pointwise":
+        if "user" not in placeholders(prompt.template or ""):
+            text = f"{show(prompt.user)}; no {{user}} in prompt.template, where it would stand; add it there"
+            yield "prompt.user", ("prompt.template", "prompt.layout"), text
+        if recipe.data.name is None and recipe.data.users is None:
+            yield "data.users", ("prompt.user", "data"), "missing; prompt.user shows columns of it; set it to a table"

@@ -12,7 +12,18 @@ import numpy as np
 from peftrec import config
 from peftrec.errors import DataError, ModelError
 from peftrec.interactions import drawn_order
-from peftrec.prompts import ANSWER_MARK, LINE_END, Codec, Kind, Pieces, Texts, WholeText, item_texts
+from peftrec.prompts import (
+    ANSWER_MARK,
+    LINE_END,
+    Codec,
+    Kind,
+    Pieces,
+    Texts,
+    WholeText,
+    item_texts,
+    user_texts,
+    with_user,
+)
 from peftrec.split import Log
 from peftrec.timeline import (
     PromptWindows,
@@ -67,6 +78,10 @@ class Encoder:
         self.max_item_tokens = max_item_tokens(prompt)
         if self.texts and self.template is not None:
             self.texts = self.codec.written(self.texts, self.max_item_tokens)
+        self._people: list[str] = []
+        if prompt.user is not None:
+            assert log.users is not None, "interactions.load(…, with_users=True)"
+            self._people = [self.codec.plain(text) for text in user_texts(log.users, prompt.user)]
         self.questions = Pieces.of(self.codec.questions(self.texts, self.max_item_tokens) if self.texts else [])
 
     def train(self, prior: np.ndarray | None) -> WindowDataset:
@@ -150,12 +165,15 @@ class Encoder:
     def _templated(self, windows: TimelineWindows) -> PromptWindows:
         """One prompt by the recipe's template for each window, which holds one read event and what fits before it."""
         rows, ids = [], []
-        template = self.template or ""
-        room = self.prompt.max_tokens - len(self.codec.prompt(template.format(history="", item="")))
+        of_user: dict[int, tuple[str, int]] = {}
         length = self.questions.lengths + self.codec.tail_length
         for index in range(len(windows)):
             events = windows.events_of(index)
             item = self.log.item[events]
+            user = int(self.log.user[events[-1]])
+            if user not in of_user:
+                of_user[user] = self._about(user)
+            template, room = of_user[user]
             # The oldest events go first; the candidate's own text (last) always stays.
             fits = int((np.cumsum(length[item][::-1]) <= room).sum())
             past = events[max(0, len(events) - fits) : -1]
@@ -163,6 +181,11 @@ class Encoder:
             rows.append(int(events[-1]))
             ids.append(templated_ids(self.codec, template, lines, self.texts[int(item[-1])], self.prompt.max_tokens))
         return prompt_windows(self.codec, np.asarray(rows), ids)
+
+    def _about(self, user: int) -> tuple[str, int]:
+        """The template with what it says of a user, and the room (tokens) that this leaves for events."""
+        template = with_user(self.template or "", self._people[user] if self._people else "")
+        return template, self.prompt.max_tokens - len(self.codec.prompt(template.format(history="", item="")))
 
     def _line(self, row: int) -> str:
         answer = self.codec.answer_texts[int(self.log.label[row])]

@@ -24,6 +24,9 @@ from peftrec.errors import DataError
 NEEDS_TIME = ("temporal", "leave_last_out")
 """Kinds of split that cannot do without timestamps."""
 
+ITEMS, USERS = ("item_id", "title"), ("user_id",)
+"""Columns that the two tables beside the events must have, the id first."""
+
 HASHED_ROWS = 1_000_000
 CLICK_SCALE = (0.0, 1.0)
 MOST_RATINGS = 26
@@ -47,6 +50,7 @@ class Interactions:
         warnings: What was left out or assumed, one counted line each.
         scale: What the answers stand for, ascending: 0 and 1 for clicks, every rating that can be given for ratings.
         like_at: Rating from which an event counts as liked; None where nobody said.
+        users: What is known of the users, one row for each of `user_ids`; None where it was not asked for.
     """
 
     events: pl.DataFrame
@@ -57,15 +61,17 @@ class Interactions:
     warnings: tuple[str, ...]
     scale: tuple[float, ...] = CLICK_SCALE
     like_at: float | None = None
+    users: pl.DataFrame | None = None
 
 
-def load(data: Data, seed: int, task: Task = "click") -> Interactions:
+def load(data: Data, seed: int, task: Task = "click", *, with_users: bool = False) -> Interactions:
     """Read and check what `data` names.
 
     Args:
         data: The recipe's data section.
         seed: Draws the users that `sample_users` keeps.
         task: Whether the events need labels or ratings.
+        with_users: Whether the users table is read, too.
 
     Raises:
         AssetError: If a named data set cannot be fetched.
@@ -90,8 +96,9 @@ def load(data: Data, seed: int, task: Task = "click") -> Interactions:
     else:
         scale = CLICK_SCALE
         _check_classes(events["label"], name, data)
-    fingerprint = _fingerprint(events, user_ids, items)
-    return Interactions(events, user_ids, items, name, fingerprint, tuple(warnings), scale, data.like_at)
+    users = _users(data, user_ids, warnings) if with_users else None
+    fingerprint = _fingerprint(events, user_ids, items, users)
+    return Interactions(events, user_ids, items, name, fingerprint, tuple(warnings), scale, data.like_at, users)
 
 
 def rating_scale(ratings: pl.Series, where: str, limits: Sequence[float] | None) -> tuple[float, ...]:
@@ -123,7 +130,7 @@ def rating_scale(ratings: pl.Series, where: str, limits: Sequence[float] | None)
     return tuple(found.tolist())
 
 
-def check(data: Data, shown: Sequence[str] = (), task: Task = "click") -> None:
+def check(data: Data, shown: Sequence[str] = (), task: Task = "click", of_users: Sequence[str] = ()) -> None:
     """Check what can be checked without reading rows: names of data sets, files, and their columns.
 
     What lies on the Hub, or comes with a named data set, is not fetched.
@@ -132,6 +139,7 @@ def check(data: Data, shown: Sequence[str] = (), task: Task = "click") -> None:
         data: The recipe's data section.
         shown: Columns of the items table that the prompt shows.
         task: Whether the events need labels or ratings.
+        of_users: Columns of the users table that the prompt shows.
 
     Raises:
         DataError: Every mistake, one line each.
@@ -139,7 +147,7 @@ def check(data: Data, shown: Sequence[str] = (), task: Task = "click") -> None:
     problems = []
     if data.name is not None and data.name not in DATASETS:
         problems.append(_unknown_name(data.name))
-    for source, look in _looks(data, shown, task):
+    for source, look in _looks(data, shown, task, of_users):
         try:
             if not tables.on_hub(source):
                 look(source)
@@ -192,12 +200,16 @@ def _unknown_name(name: str) -> str:
     return f"data.name: no data set '{name}'; expected one of {', '.join(sorted(DATASETS))}"
 
 
-def _looks(data: Data, shown: Sequence[str], task: Task) -> Iterator[tuple[str, Callable[[str], object]]]:
+def _looks(
+    data: Data, shown: Sequence[str], task: Task, of_users: Sequence[str]
+) -> Iterator[tuple[str, Callable[[str], object]]]:
     """Each source with what looks at its columns."""
     if data.interactions:
         yield data.interactions, lambda source: _first_event(source, data, task)
     if data.items:
-        yield data.items, lambda source: _check_items(source, data, shown)
+        yield data.items, lambda source: _check_shown(source, data, ITEMS, shown)
+    if data.users:
+        yield data.users, lambda source: _check_shown(source, data, USERS, of_users)
     files = data.records.values() if isinstance(data.records, dict) else filter(None, [data.records])
     for file in files:
         yield file, lambda source: _record_names(source, data)
@@ -210,14 +222,15 @@ def _first_event(where: str, data: Data, task: Task) -> pl.DataFrame:
     return _parse(raw, where, data.like_at, None, task)
 
 
-def _check_items(source: str, data: Data, shown: Sequence[str]) -> None:
-    _, names, kept = _item_names(source, data.columns)
+def _check_shown(source: str, data: Data, required: Sequence[str], shown: Sequence[str]) -> None:
+    _, names, kept = _side_names(source, data.columns, required)
     for name in shown:
         if name not in (*names, *kept):
             found = ", ".join((*names, *kept))
             near = tables.nearest_column(name, [*names, *kept])
             todo = f"did you mean {{{near}}}?" if near else "use one of them"
-            raise DataError(f"prompt.item: no column '{name}' in {source} ({found}); {todo}")
+            key = "prompt.item" if required == ITEMS else "prompt.user"
+            raise DataError(f"{key}: no column '{name}' in {source} ({found}); {todo}")
 
 
 def _files(data: Data, task: Task, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame]:
@@ -229,7 +242,7 @@ def _files(data: Data, task: Task, warnings: list[str]) -> tuple[str, pl.DataFra
         items = events.select("item_id", raw["title"]).unique("item_id", keep="first", maintain_order=True)
         items = items.sort("item_id")
     else:
-        items = _items_table(data.items, data.columns)
+        items = _side_table(data.items, data.columns, ITEMS)
     return where, events, items
 
 
@@ -340,23 +353,50 @@ def _parse(
     return pl.DataFrame(columns)
 
 
-def _items_table(source: str, columns: Mapping[str, str]) -> pl.DataFrame:
-    """The items table: every column that a template could show, ids parsed, lists of text joined."""
-    table, names, kept = _item_names(source, columns)
+def _side_table(source: str, columns: Mapping[str, str], required: Sequence[str]) -> pl.DataFrame:
+    """The items or users table: every column that a template could show, ids parsed, lists of text joined."""
+    table, names, kept = _side_names(source, columns, required)
     frame = tables.collect(table.select(*kept, **{ours: pl.col(theirs) for ours, theirs in names.items()}), source)
-    ids = tables.parse_ids(frame["item_id"], source, "item_id").alias("item_id")
-    rest = [tables.showable(frame[name]) for name in frame.columns if name not in ("item_id", "title")]
-    return pl.DataFrame([ids, frame["title"].cast(pl.String), *(column for column in rest if column is not None)])
+    ids = tables.parse_ids(frame[required[0]], source, required[0]).alias(required[0])
+    texts = [frame[name].cast(pl.String) for name in required[1:]]
+    rest = [tables.showable(frame[name]) for name in frame.columns if name not in required]
+    return pl.DataFrame([ids, *texts, *(column for column in rest if column is not None)])
 
 
-def _item_names(source: str, columns: Mapping[str, str]) -> tuple[pl.LazyFrame, dict[str, str], list[str]]:
+def _users(data: Data, user_ids: pl.Series, warnings: list[str]) -> pl.DataFrame:
+    """One row for each of `user_ids`; of whom the table says nothing, nulls."""
+    if data.users is not None:
+        where, table = data.users, _side_table(data.users, data.columns, USERS)
+    else:
+        where, read = data.name or "", DATASETS[data.name or ""].load_users
+        if read is None:
+            raise DataError(f"prompt.user: {where} tells nothing of its users; leave prompt.user out")
+        table = read()
+    if table["user_id"].dtype != user_ids.dtype:
+        table = table.with_columns(pl.col("user_id").cast(pl.String))
+    table = table.unique("user_id", keep="last")
+    asked = pl.DataFrame({"user_id": user_ids.cast(table["user_id"].dtype)})
+    unknown = asked.join(table, on="user_id", how="anti")
+    if unknown.height == len(user_ids):
+        raise DataError(
+            f"{where}: none of the events' user ids (such as {user_ids[0]!r}) is in it; expected the same ids: check "
+            "data.columns.user_id"
+        )
+    if unknown.height:
+        warnings.append(f"{where}: {unknown.height} of {len(user_ids)} users are not in it: nothing is said of them")
+    return asked.join(table, on="user_id", how="left", maintain_order="left")
+
+
+def _side_names(
+    source: str, columns: Mapping[str, str], required: Sequence[str]
+) -> tuple[pl.LazyFrame, dict[str, str], list[str]]:
     """The table, our names -> its names, and what else it has."""
     table = tables.scan(source)
     found = tables.column_names(table, source)
     # The renames were written for the interactions too: here only those count that lead somewhere.
     given = {ours: theirs for ours, theirs in columns.items() if theirs in found}
-    optional = [ours for ours in given if ours not in ("item_id", "title")]
-    names = tables.match_columns(found, source, given, ["item_id", "title"], optional)
+    optional = [ours for ours in given if ours not in required]
+    names = tables.match_columns(found, source, given, required, optional)
     kept = [other for other in found if other not in names and other not in names.values()]
     return table, names, kept
 
@@ -481,10 +521,14 @@ def _check_classes(label: pl.Series, where: str, data: Data) -> None:
         raise DataError(f"{where}: all {len(label)} rows have label {label[0]}; expected both 0 and 1{todo}")
 
 
-def _fingerprint(events: pl.DataFrame, user_ids: pl.Series, items: pl.DataFrame) -> str:
+def _fingerprint(
+    events: pl.DataFrame, user_ids: pl.Series, items: pl.DataFrame, users: pl.DataFrame | None = None
+) -> str:
     digest = hashlib.sha256()
     columns = [events[name] for name in sorted(events.columns)]
     columns += [user_ids.alias("user_id"), *(items[name].alias(f"items.{name}") for name in sorted(items.columns))]
+    if users is not None:
+        columns += [users[name].alias(f"users.{name}") for name in sorted(users.columns)]
     for column in columns:
         digest.update(f"{column.name}:{len(column)};".encode())
         coded = column.name in ("user", "item", "label", "timestamp", "rating")

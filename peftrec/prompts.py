@@ -46,17 +46,7 @@ def item_texts(items: pl.DataFrame, template: str) -> list[str]:
     Raises:
         DataError: a placeholder names no column, or an item's text comes out empty.
     """
-    fields = [name for _, name, _, _ in string.Formatter().parse(template) if name]
-    for name in fields:
-        if name not in items.columns:
-            near = get_close_matches(name, items.columns, n=1)
-            hint = f"did you mean {{{near[0]}}}?" if near else f"use one of {', '.join(items.columns)}"
-            raise DataError(f"prompt.item: no column '{name}' in the items table ({', '.join(items.columns)}); {hint}")
-    columns = {name: items[name].to_list() for name in fields}
-    texts = [
-        " ".join(template.format(**{name: _plain(columns[name][i]) for name in fields}).split())
-        for i in range(items.height)
-    ]
+    texts = _row_texts(items, template, "prompt.item", "items table")
     for i, text in enumerate(texts):
         if not text:
             raise DataError(
@@ -64,6 +54,38 @@ def item_texts(items: pl.DataFrame, template: str) -> list[str]:
                 "give it one or drop the item"
             )
     return texts
+
+
+def user_texts(users: pl.DataFrame, template: str) -> list[str]:
+    """Text of each user by `template`, as in `item_texts`; empty where nothing that it shows is known.
+
+    Raises:
+        DataError: a placeholder names no column.
+    """
+    texts = _row_texts(users, template, "prompt.user", "users table")
+    nothing = template.format(
+        **dict.fromkeys((name for _, name, _, _ in string.Formatter().parse(template) if name), "")
+    )
+    return ["" if text == " ".join(nothing.split()) else text for text in texts]
+
+
+def with_user(template: str, user: str) -> str:
+    """A prompt's template with a person's text in place of `{user}`."""
+    return template.replace("{user}", user.replace("{", "{{").replace("}", "}}"))
+
+
+def _row_texts(rows: pl.DataFrame, template: str, key: str, table: str) -> list[str]:
+    fields = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    for name in fields:
+        if name not in rows.columns:
+            near = get_close_matches(name, rows.columns, n=1)
+            hint = f"did you mean {{{near[0]}}}?" if near else f"use one of {', '.join(rows.columns)}"
+            raise DataError(f"{key}: no column '{name}' in the {table} ({', '.join(rows.columns)}); {hint}")
+    columns = {name: rows[name].to_list() for name in fields}
+    return [
+        " ".join(template.format(**{name: _plain(columns[name][i]) for name in fields}).split())
+        for i in range(rows.height)
+    ]
 
 
 def _plain(value: Any) -> str:

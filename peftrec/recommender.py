@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 
 from peftrec import adapters, artifact, backbone, config, scorer, virtual_tokens
 from peftrec.baselines import Prior
@@ -22,7 +23,7 @@ from peftrec.catalogue import Catalogue, Item, read_history, read_items, read_ra
 from peftrec.datasets import DATASETS
 from peftrec.encode import new_codec, prompt_windows, record_ids, templated_ids
 from peftrec.errors import ConfigError, DataError, ModelError
-from peftrec.prompts import ANSWER_MARK, Codec, Pieces
+from peftrec.prompts import ANSWER_MARK, Codec, Pieces, user_texts, with_user
 from peftrec.rating_baselines import RatingPrior
 from peftrec.schema import read_yaml
 from peftrec.target import Target
@@ -157,7 +158,7 @@ class Recommender:
             model = model.to(device)
         return cls(about, model, loaded.tokenizer, items=table, prior=saved_prior)
 
-    def score(self, history: Sequence[Any], candidates: Sequence[Any]) -> Floats:
+    def score(self, history: Sequence[Any], candidates: Sequence[Any], user: Any = None) -> Floats:
         """Log-odds that the person likes each candidate, or predicted ratings, (number of candidates,).
 
         A candidate's score depends neither on the other candidates nor on their order.
@@ -166,15 +167,17 @@ class Recommender:
             history: what the person met, oldest first.
             candidates: titles, item ids or dicts. For an adapter of ready-made prompts: dicts with `instruction` and
                 `input`, and no history.
+            user: what is known of the person, where the adapter's prompt shows that: a dict of columns as in
+                `artifact.prompt.user`, or the text; None is nothing.
 
         Raises:
             DataError: an entry that cannot be read, or an item id that is not in the items table.
         """
         if self._own_prompts:
             return self._score_records(history, candidates)
-        return self._score_items(self.events(history), self._find(candidates))
+        return self._score_items(self.events(history), self._find(candidates), self._about(user))
 
-    def probability(self, history: Sequence[Any], candidates: Sequence[Any]) -> Floats:
+    def probability(self, history: Sequence[Any], candidates: Sequence[Any], user: Any = None) -> Floats:
         """Chance that the person likes each candidate, (number of candidates,); otherwise as `score`.
 
         Raises:
@@ -182,7 +185,7 @@ class Recommender:
         """
         if self.artifact.task == "rating":
             raise DataError("probability: this adapter predicts ratings; use score")
-        return _sigmoid(self.score(history, candidates))
+        return _sigmoid(self.score(history, candidates, user))
 
     def rank(
         self,
@@ -190,6 +193,7 @@ class Recommender:
         candidates: Sequence[Any] | None = None,
         k: int = 10,
         exclude_seen: bool = True,
+        user: Any = None,
     ) -> list[Recommendation]:
         """The `k` best candidates, best first.
 
@@ -198,6 +202,7 @@ class Recommender:
             candidates: as in `score`; None is the whole items table.
             k: how many; fewer where there are fewer candidates.
             exclude_seen: leave out what is in the history.
+            user: as in `score`.
 
         Raises:
             DataError: as `score`, or neither candidates nor an items table are given.
@@ -213,7 +218,7 @@ class Recommender:
             events = self.events(history)
             seen = {event.item.key for event in events} if exclude_seen else set()
             found = [item for item in self._all_items(candidates) if item.key not in seen]
-            scores = self._score_items(events, found)
+            scores = self._score_items(events, found, self._about(user))
         best = np.argsort(-scores, kind="stable")[:k]
         chances = [None] * len(best) if self.artifact.task == "rating" else _sigmoid(scores[best]).tolist()
         return [
@@ -249,14 +254,27 @@ class Recommender:
 
     # --- scoring ------------------------------------------------------------------------------------------------------
 
-    def _score_items(self, events: Sequence[Event], candidates: Sequence[Item]) -> Floats:
+    def _about(self, user: Any) -> str:
+        """The person's text."""
+        if user is None:
+            return ""
+        if self.prompt.user is None:
+            raise DataError("user: this adapter's prompt shows nothing of the person; leave it out")
+        if isinstance(user, dict):
+            (user,) = user_texts(pl.DataFrame([user], strict=False), self.prompt.user)
+        return self.codec.plain(" ".join(str(user).split()))
+
+    def _score_items(self, events: Sequence[Event], candidates: Sequence[Item], user: str) -> Floats:
         shown = [event for event in events if self.prompt.history == "all" or self._liked(event)]
         if self.prompt.max_history is not None:
             shown = shown[max(0, len(shown) - self.prompt.max_history) :]
         if not candidates:
             return np.zeros(0)
-        from_model = self._score_templated if self.prompt.template is not None else self._score_timeline
-        outputs = from_model(shown, [item.text for item in candidates])
+        texts = [item.text for item in candidates]
+        if self.prompt.template is None:
+            outputs = self._score_timeline(shown, texts)
+        else:
+            outputs = self._score_templated(shown, texts, with_user(self.prompt.template, user))
         return self.target.measure(outputs, self._prior_scores(events, candidates))[0]
 
     def _liked(self, event: Event) -> bool:
@@ -286,12 +304,12 @@ class Recommender:
         pieces = Pieces.of(self._questions(candidates))
         return scorer.score_candidates(self.model, np.asarray(history, dtype=np.int64), pieces)
 
-    def _score_templated(self, shown: Sequence[Event], candidates: Sequence[str]) -> Outputs:
+    def _score_templated(self, shown: Sequence[Event], candidates: Sequence[str], template: str) -> Outputs:
         """One prompt for each candidate, with as many of the newest events as fit."""
         prompt, tail = self.prompt, self.codec.tail_length
         past, asked = self._written([event.item.text for event in shown]), self._written(candidates)
         lengths = [len(ids) + tail for ids in self._questions(past)]
-        room = prompt.max_tokens - len(self.codec.prompt(prompt.text([], "")))
+        room = prompt.max_tokens - len(self.codec.prompt(template.format(history="", item="")))
         lines = [
             f"{text}{ANSWER_MARK}{prompt.answers[event.label]}{prompt.line_end}"
             for text, event in zip(past, shown, strict=True)
@@ -299,9 +317,7 @@ class Recommender:
         prompts = []
         for text, ids in zip(asked, self._questions(asked), strict=True):
             kept = _newest(lengths, room - len(ids) - tail)
-            prompts.append(
-                templated_ids(self.codec, prompt.template or "", lines[len(lines) - kept :], text, prompt.max_tokens)
-            )
+            prompts.append(templated_ids(self.codec, template, lines[len(lines) - kept :], text, prompt.max_tokens))
         return self._score_prompts(prompts)
 
     def _written(self, texts: Sequence[str]) -> list[str]:

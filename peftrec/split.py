@@ -45,6 +45,7 @@ class Log:
         prompts: `instruction` and `input` (n rows) for prompt records, else None.
         scale: What each label stands for, ascending: 0 and 1 for clicks, the ratings that can be given for ratings.
         liked_from: Lowest label that counts as liked; None where nobody said.
+        users: What is known of the users, one row for each of `user_ids`; None where it was not asked for.
     """
 
     user: np.ndarray
@@ -58,6 +59,7 @@ class Log:
     prompts: pl.DataFrame | None = None
     scale: tuple[float, ...] = CLICK_SCALE
     liked_from: int | None = 1
+    users: pl.DataFrame | None = None
 
     def __len__(self) -> int:
         return len(self.user)
@@ -123,6 +125,7 @@ def split(interactions: Interactions, how: config.Split, seed: int) -> Log:
         prompts=events.select("instruction", "input")[order] if records else None,
         scale=interactions.scale,
         liked_from=liked_from,
+        users=interactions.users,
     )
 
 

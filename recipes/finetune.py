@@ -71,7 +71,7 @@ def main() -> None:
         say(f"warning: {mistake}")
 
     # Data: tables -> one log of events, each in one split.
-    data = interactions.load(recipe.data, recipe.seed, recipe.task)
+    data = interactions.load(recipe.data, recipe.seed, recipe.task, with_users=recipe.prompt.user is not None)
     log = split.split(data, recipe.data.split, recipe.seed)
     for warning in data.warnings:
         say(f"warning: {warning}")
@@ -353,7 +353,10 @@ def _recommend(folder: Path, log: split.Log, recipe: config.Recipe) -> None:
     candidates = [ids[code] for code in popular[: MOST_CANDIDATES[recipe.prompt.layout]].tolist()]
     k = recipe.eval.recommend_k
     words = ["disliked", "liked"] if recipe.task == "click" else [f"{rating:g}" for rating in log.scale]
-    best = recommender.rank([(ids[log.item[row]], log.scale[log.label[row]]) for row in known], candidates, k=k)
+    about = None if log.users is None else log.users.row(person, named=True)
+    best = recommender.rank(
+        [(ids[log.item[row]], log.scale[log.label[row]]) for row in known], candidates, k=k, user=about
+    )
     told = {ids[log.item[row]]: words[log.label[row]] for row in later}
     titles = encode.item_texts(log.items, recipe.prompt.item)
     highest = len(log.scale) - 1

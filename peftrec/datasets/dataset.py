@@ -26,6 +26,7 @@ class Dataset:
         name: What `data.name` takes.
         description: One line for `peftrec datasets`.
         load: Reads the tables, fetching them when they are not in the cache.
+        load_users: Reads what is told of the users, one row per `user_id`; None where nothing is.
         like_at: Rating from which an event counts as liked, unless the recipe says otherwise.
         rating_range: Lowest and highest rating of the scale.
         homepage: Where the data set is described.
@@ -43,3 +44,4 @@ class Dataset:
     license: str
     citation: str
     language: str
+    load_users: Callable[[], pl.DataFrame] | None = None

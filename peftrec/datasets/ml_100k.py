@@ -34,18 +34,13 @@ def load() -> Tables:
 
     Returns:
         interactions (user_id, item_id, rating, timestamp) and items (item_id, title, year, genres). `genres` are joined
-        with `, `; one film is called unknown and has no year. What the data set tells of its people is not fetched.
+        with `, `; one film is called unknown and has no year.
     """
     import polars as pl  # here, so that listing the data sets is quick
 
     ratings = assets.wheel_file(assets.ML_100K)
-
-    def read(path: Path) -> pl.DataFrame:
-        frame = pl.read_csv(path, separator="\t", quote_char=None, infer_schema_length=None)
-        return frame.rename({name: name.split(":")[0] for name in frame.columns})  # the header reads name:type
-
     in_title = r" \((\d{4})\)$"
-    films = read(ratings.with_suffix(".item"))
+    films = _read(ratings.with_suffix(".item"))
     items = films.select(
         "item_id",
         title=natural_title(pl.col("movie_title").str.replace("^unkonwn$", "unknown").str.replace(in_title, "")),
@@ -56,15 +51,34 @@ def load() -> Tables:
         genres=pl.col("class").str.replace_all(" ", ", "),
     )
     return Tables(
-        interactions=read(ratings),
+        interactions=_read(ratings),
         items=items,
     )
+
+
+def load_users() -> pl.DataFrame:
+    """What is told of the people, fetched when it is not in the cache: user_id, age, gender (man, woman), occupation.
+
+    The zip code is left out: with age and occupation it can single out a person, and nothing here needs it.
+    """
+    import polars as pl
+
+    people = _read(assets.wheel_file(assets.ML_100K_USERS)).drop("zip_code")
+    return people.with_columns(pl.col("gender").replace_strict({"M": "man", "F": "woman"}))
+
+
+def _read(path: Path) -> pl.DataFrame:
+    import polars as pl
+
+    frame = pl.read_csv(path, separator="\t", quote_char=None, infer_schema_length=None)
+    return frame.rename({name: name.split(":")[0] for name in frame.columns})  # the header reads name:type
 
 
 ML_100K = Dataset(
     name="ml-100k",
     description="MovieLens 100K: 100,000 ratings (1 to 5) by 943 people of 1,682 films, 1997-1998",
     load=load,
+    load_users=load_users,
     like_at=4,
     rating_range=(1, 5),
     homepage="https://grouplens.org/datasets/movielens/100k/",

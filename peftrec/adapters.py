@@ -99,6 +99,8 @@ def _wrap(model: Any, wanted: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         attached = made(model, wanted)
+    if wanted.is_prompt_learning:
+        virtual_tokens.list_embeddings_once(attached)
     for name, parameter in attached.named_parameters():
         if name.endswith(".ranknum.default"):  # AdaLoRA's constant, which PEFT thaws when it casts it to float32
             parameter.requires_grad_(False)

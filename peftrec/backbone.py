@@ -114,7 +114,7 @@ def load(model: config.Model, target: Target | None = None) -> Backbone:
                 **options,
             )
     # A model that is to be cut into shards may be too large for one GPU; quantized weights stay where they were made.
-    loaded.to("cpu" if sharded() and not quantizing else device).eval().requires_grad_(False)
+    loaded.to("cpu" if engine() != "plain" and not quantizing else device).eval().requires_grad_(False)
     quantization = quantized.settle(loaded, model, whole)
     absent = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
     loaded = heads.prepare(loaded, kind, target.head, absent)
@@ -250,10 +250,12 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
 
 
-def sharded() -> bool:
-    """Whether accelerate was told to cut the model into shards, one for each process."""
-    flags = (os.environ.get(name, "false").lower() for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
-    return "true" in flags
+def engine() -> str:
+    """What accelerate was told to share the model with: fsdp, deepspeed, or plain where each process has it whole."""
+    for name in ("fsdp", "deepspeed"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
+            return name
+    return "plain"
 
 
 def accelerators() -> list[str]:

@@ -1,7 +1,8 @@
 """What cannot work together, known before any model is loaded: one row for each rule.
 
-A row names the key that has to change, the keys it clashes with, when it does, and why. What depends on the model
-itself (target modules that match nothing, a window longer than its positions) is checked when it is there.
+A row names the key that has to change, the keys it clashes with, when it does, and why. `RULES` are about a recipe
+alone, `LAUNCH_RULES` about a recipe and how accelerate was told to run it. What depends on the model itself (target
+modules that match nothing, a window longer than its positions) is checked when it is there.
 """
 
 from __future__ import annotations
@@ -144,9 +145,75 @@ RULES = (
 )
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How accelerate was told to run a recipe.
+
+    Attributes:
+        engine: plain (every process has the whole model), fsdp or deepspeed.
+        processes: how many there are.
+    """
+
+    engine: str
+    processes: int
+
+
+@dataclass(frozen=True)
+class LaunchRule:
+    """A setting that excludes a way to launch.
+
+    Attributes:
+        key: the setting to name in the error.
+        applies: whether recipe and launch exclude each other.
+        text: why, and what to change; may name {processes} and {engine}.
+    """
+
+    key: str
+    applies: Callable[[Any, Launch], bool]
+    text: str
+
+
+LAUNCH_RULES = (
+    LaunchRule(
+        "train.gradient_accumulation_steps",
+        lambda recipe, launch: (
+            recipe.adapter.method != "none" and recipe.train.gradient_accumulation_steps % launch.processes != 0
+        ),
+        "{processes} processes share the forward passes of a step; make it a multiple of {processes}, or start another "
+        "number of processes",
+    ),
+    LaunchRule(
+        "model.dtype",
+        lambda recipe, launch: launch.engine == "deepspeed" and recipe.model.dtype != "bfloat16",
+        "DeepSpeed computes in one type for model and adapter; set it to bfloat16, or launch without DeepSpeed",
+    ),
+    LaunchRule(
+        "model.load_in_8bit",
+        lambda recipe, launch: launch.engine != "plain" and recipe.model.load_in_8bit,
+        "8-bit weights cannot be cut into shards; set model.load_in_4bit instead, or launch with multi_gpu.yaml",
+    ),
+    LaunchRule(
+        "adapter.method",
+        lambda recipe, launch: launch.engine != "plain" and recipe.adapter.method == "adalora",
+        "it takes ranks away from whole matrices, which {engine} cuts into shards; use lora, or multi_gpu.yaml",
+    ),
+)
+
+
+def launch_conflicts(recipe: Any, launch: Launch) -> Iterator[str]:
+    """One line for each launch rule that is broken."""
+    for rule in LAUNCH_RULES:
+        if rule.applies(recipe, launch):
+            text = rule.text.format(processes=launch.processes, engine=launch.engine)
+            yield f"{rule.key}: {_value(recipe, rule.key)}; {text}"
+
+
 def conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
     """The rules that a recipe breaks: the key to name, the other keys involved, and the error text."""
     for rule in RULES:
         if rule.applies(recipe):
-            value = show(reduce(getattr, rule.key.split("."), recipe)).strip("'")
-            yield rule.key, rule.others, f"{value}; {rule.text}"
+            yield rule.key, rule.others, f"{_value(recipe, rule.key)}; {rule.text}"
+
+
+def _value(recipe: Any, key: str) -> str:
+    return show(reduce(getattr, key.split("."), recipe)).strip("'")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from peftrec import backbone
+from peftrec import backbone, compatibility, config
 from peftrec.errors import ConfigError
 
 
@@ -38,19 +38,16 @@ def alone_by_mistake() -> str | None:
     return None
 
 
-def passes_each(passes: int) -> int:
-    """Forward passes of an optimizer step that each process computes, of the `passes` that all share.
+def check(recipe: config.Recipe) -> None:
+    """Whether this recipe can be run by these processes.
 
     Raises:
-        ConfigError: they cannot be shared evenly.
+        ConfigError: a rule of `compatibility.LAUNCH_RULES` is broken.
     """
-    world: int = group().num_processes
-    if passes % world:
-        raise ConfigError(
-            f"train.gradient_accumulation_steps: {passes}; {world} processes share the forward passes of a step; make "
-            f"it a multiple of {world}, or start another number of processes"
-        )
-    return passes // world
+    launch = compatibility.Launch(backbone.engine(), group().num_processes)
+    problems = list(compatibility.launch_conflicts(recipe, launch))
+    if problems:
+        raise ConfigError(*problems)
 
 
 def kind(checkpoint: Path) -> str:

@@ -100,7 +100,7 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         """Shard a model on the CPU too, to try it out, where accelerate takes no notice of being told to (FSDP2)."""
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
-        if backbone.sharded() and state.distributed_type == DistributedType.MULTI_CPU:
+        if backbone.engine() == "fsdp" and state.distributed_type == DistributedType.MULTI_CPU:
             PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin()
             self.is_fsdp_enabled = True
@@ -278,7 +278,7 @@ def fit(
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         per_device_train_batch_size=train.per_device_train_batch_size,
-        gradient_accumulation_steps=processes.passes_each(train.gradient_accumulation_steps),
+        gradient_accumulation_steps=train.gradient_accumulation_steps // processes.group().num_processes,
         gradient_checkpointing=train.gradient_checkpointing,
         torch_compile=train.torch_compile,
         eval_strategy="steps" if train.evals else "no",

@@ -103,6 +103,12 @@ def with_virtual_tokens(plain: type) -> type:
     return type(plain.__name__, (VirtualTokens, plain), {})
 
 
+def list_embeddings_once(model: Any) -> None:
+    """Keep PEFT's second name of the base model's embeddings out of the list of modules: FSDP takes it for a tensor."""
+    embeddings = model._modules.pop("word_embeddings")
+    model.__dict__["word_embeddings"] = embeddings
+
+
 def count(model: Any) -> int:
     """Virtual tokens in front of every row of this model; 0 where its adapter has none."""
     found: int = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)

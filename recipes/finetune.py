@@ -65,8 +65,7 @@ def main() -> None:
         say(f"{folder}: this run has ended; there is nothing to resume")
         return
     state.wait_for_everyone()  # nobody writes there before everybody has looked
-    if recipe.adapter.method != "none":
-        processes.passes_each(recipe.train.gradient_accumulation_steps)
+    processes.check(recipe)
     if mistake := processes.alone_by_mistake():
         say(f"warning: {mistake}")
 

@@ -112,3 +112,37 @@ def test_a_mistake_in_one_of_the_keys_is_enough_of_an_error() -> None:
         parse({"adapter": {"variant": "loftq"}, "model": {"load_in_4bit": "yes"}})
     (problem,) = caught.value.problems
     assert "true or false" in problem
+
+
+LAUNCHES: list[tuple[dict[str, Any], tuple[str, int], str]] = [
+    (
+        {"train": {"gradient_accumulation_steps": 4}},
+        ("plain", 3),
+        "train.gradient_accumulation_steps: 4; 3 processes share the forward passes of a step; make it a multiple of 3",
+    ),
+    ({"model": {"dtype": "float32"}}, ("deepspeed", 2), "model.dtype: float32; DeepSpeed computes in one type"),
+    ({"model": {"load_in_8bit": True}}, ("fsdp", 2), "model.load_in_8bit: true; 8-bit weights cannot be cut"),
+    ({"adapter": {"method": "adalora"}}, ("fsdp", 2), "adapter.method: adalora; it takes ranks away from whole"),
+]
+
+
+class TestLaunch:
+    @pytest.mark.parametrize(("settings", "launch", "text"), LAUNCHES)
+    def test_refused(self, settings: dict[str, Any], launch: tuple[str, int], text: str) -> None:
+        recipe = parse(settings)
+        (line,) = compatibility.launch_conflicts(recipe, compatibility.Launch(*launch))
+        assert line.startswith(text)
+        assert "\n" not in line
+        assert "{" not in line
+
+    @pytest.mark.parametrize(("settings", "launch", "text"), LAUNCHES)
+    def test_fine_by_one_process(self, settings: dict[str, Any], launch: tuple[str, int], text: str) -> None:
+        recipe = parse(settings)
+        assert list(compatibility.launch_conflicts(recipe, compatibility.Launch("plain", 1))) == []
+
+    def test_nothing_is_trained_and_so_nothing_is_shared(self) -> None:
+        recipe = parse({"adapter": {"method": "none"}})
+        assert list(compatibility.launch_conflicts(recipe, compatibility.Launch("plain", 3))) == []
+
+    def test_every_rule_has_a_case(self) -> None:
+        assert {text.partition(":")[0] for *_, text in LAUNCHES} == {rule.key for rule in compatibility.LAUNCH_RULES}

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,6 @@ from peftrec.timeline import TimelineWindows, WindowDataset, evaluation_sight, t
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ROOT / "recipes" / "accelerate"
-TARGET = Target()
 # Steps of two rows, shared by up to two processes; 7 rows make 4 steps an epoch, the last one of a single row.
 TRAIN = config.Train(
     num_train_epochs=2,
@@ -67,10 +67,10 @@ def datasets(log: Log, codec: Any) -> tuple[WindowDataset, WindowDataset]:
     return learned, valid
 
 
-def measure(log: Log) -> training.ToMetrics:
+def measure(log: Log, target: Target) -> training.ToMetrics:
     def to_metrics(rows: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
         assert rows.tolist() == np.flatnonzero(log.split == 1).tolist(), "each valid row once"
-        score, _ = TARGET.measure(outputs)
+        score, _ = target.measure(outputs)
         return {"loss": float(np.logaddexp(0, np.where(log.label[rows] == 1, -score, score)).mean())}
 
     return to_metrics
@@ -79,10 +79,12 @@ def measure(log: Log) -> training.ToMetrics:
 def do(base: Path, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Train an adapter on the tiny model (or only score with it); the main process writes what came out of it."""
     name, dtype = job["name"], job.get("dtype", "float32")
-    loaded = backbone.load(config.Model(name=str(base), dtype=dtype))
+    target = Target(head=job.get("head", "tokens"))
+    loaded = backbone.load(config.Model(name=str(base), dtype=dtype), target)
     codec = prompts.Codec(loaded.tokenizer, conftest.HEADER, [" no", " yes"])
-    model = scorer.answer_only(loaded.model, codec.answers)
-    model = adapters.attach(model, config.Adapter(r=4, lora_dropout=job.get("dropout", 0.0)), base_name="tiny", seed=3)
+    model = scorer.with_head(loaded.model, target.head, codec.answers)
+    how = config.Adapter(**job.get("adapter", {"r": 4, "lora_dropout": job.get("dropout", 0.0)}))
+    model = adapters.attach(model, how, base_name="tiny", seed=3, steps=8)
     log = a_log()
     learned, valid = datasets(log, codec)
     state = processes.group()
@@ -102,8 +104,8 @@ def do(base: Path, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
                 model,
                 learned,
                 valid,
-                TARGET,
-                measure(log),
+                target,
+                measure(log, target),
                 train=dataclasses.replace(TRAIN, **job["train"]),
                 folder=folder / name,
                 seed=3,
@@ -185,12 +187,44 @@ WHOLE: dict[str, Any] = {"train": {}}
 STEP: dict[str, Any] = {"gradients": True, "train": {"max_steps": 1, "evals": 0, "max_grad_norm": 0.0}}
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "dora": {"adapter": {"variant": "dora", "r": 4}},
+    "pissa": {"adapter": {"variant": "pissa", "r": 4}},
+    "adalora": {"adapter": {"method": "adalora", "init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 1, "deltaT": 1}},
+    "bottleneck": {"adapter": {"method": "bottleneck"}},
+    "prefix": {"adapter": {"method": "prefix", "prefix_projection": True, "encoder_hidden_size": 8}},
+    "prompt": {"adapter": {"method": "prompt"}, "train": {"gradient_checkpointing": True}},
+    "p_tuning": {"adapter": {"method": "p_tuning", "encoder_hidden_size": 8}},
+    "ia3": {"adapter": {"method": "ia3"}},
+    "ln_tuning": {"adapter": {"method": "ln_tuning"}},
+    "full": {"adapter": {"method": "full"}},
+    # A trained head is a whole module of its own (modules_to_save).
+    "head": {"head": "classifier", "train": {"gradient_checkpointing": True}},
+}
+SHARDED = [name for name in METHODS if name != "adalora"]  # refused: tests/test_compatibility.py
+
+
+def method_jobs(names: Iterable[str]) -> list[dict[str, Any]]:
+    return [{"train": {}, **METHODS[name], "name": name} for name in names]
+
+
+def same_run(ours: Path, theirs: Path, name: str) -> None:
+    """Losses, and scores at the end, of a run by two processes and by one."""
+    losses = logged(read(theirs, name), "loss")
+    assert len(losses) == 8
+    assert np.ptp(losses) > 0.01
+    np.testing.assert_allclose(logged(read(ours, name), "loss"), losses, rtol=1e-4)
+    np.testing.assert_allclose(read(ours, name)["outputs"], read(theirs, name)["outputs"], rtol=0, atol=2e-4)
+
+
 @pytest.fixture(scope="session")
 def one(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process finds."""
     folder = tmp_path_factory.mktemp("one")
     do(tiny_llama_folder, folder, {"name": "score"})
     do(tiny_llama_folder, folder, {"name": "whole", **WHOLE})
+    for job in method_jobs(METHODS):
+        do(tiny_llama_folder, folder, job)
     return folder
 
 
@@ -209,6 +243,7 @@ def two(tiny_llama_folder: Path, one: Path, tmp_path_factory: pytest.TempPathFac
         {"name": "resumed", **WHOLE, "resume": True},
         {"name": "checkpointed", "train": {"gradient_checkpointing": True}},
         {**STEP, "name": "step", "train": {**STEP["train"], "gradient_accumulation_steps": 4}},
+        *method_jobs(METHODS),
     )
     return folder
 
@@ -217,7 +252,7 @@ def two(tiny_llama_folder: Path, one: Path, tmp_path_factory: pytest.TempPathFac
 def shards(tiny_llama_folder: Path, one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes find that share the model's weights."""
     folder = tmp_path_factory.mktemp("shards")
-    launch("fsdp2", tiny_llama_folder, folder, {"name": "whole", **WHOLE})
+    launch("fsdp2", tiny_llama_folder, folder, {"name": "whole", **WHOLE}, *method_jobs(SHARDED))
     shutil.copytree(folder / "whole", folder / "resumed")
     forget_second_half(folder / "resumed")
     shutil.copytree(folder / "whole", folder / "again")
@@ -281,15 +316,23 @@ class TestTwoProcesses:
         class Three:
             num_processes = 3
 
+        recipe = config.Recipe(data=config.Data(name="ml-100k"), output_dir="x")
+        processes.check(recipe)
         monkeypatch.setattr(processes, "group", Three)
-        assert processes.passes_each(6) == 2
-        with pytest.raises(ConfigError, match="gradient_accumulation_steps: 4; 3 processes share") as caught:
-            processes.passes_each(4)
-        assert "\n" not in str(caught.value)
+        with pytest.raises(ConfigError, match="gradient_accumulation_steps: 4; 3 processes share"):
+            processes.check(dataclasses.replace(recipe, train=config.Train(gradient_accumulation_steps=4)))
+
+    @pytest.mark.parametrize("name", METHODS)
+    def test_every_method_trains_as_in_one(self, one: Path, two: Path, name: str) -> None:
+        same_run(two, one, name)
 
 
 class TestShards:
     """FSDP2: each process keeps half of every weight."""
+
+    @pytest.mark.parametrize("name", SHARDED)
+    def test_every_method_trains_as_in_one(self, one: Path, shards: Path, name: str) -> None:
+        same_run(shards, one, name)
 
     def test_training_is_that_of_one(self, one: Path, shards: Path) -> None:
         ours, theirs = read(shards, "whole"), read(one, "whole")
@@ -392,7 +435,7 @@ class TestSettings:
         plugin = FullyShardedDataParallelPlugin()
         assert (plugin.fsdp_version, plugin.reshard_after_forward, plugin.cpu_ram_efficient_loading) == (2, True, False)
         assert plugin.state_dict_type.name == "FULL_STATE_DICT"
-        assert backbone.sharded()
+        assert backbone.engine() == "fsdp"
 
     @pytest.mark.parametrize("stage", [2, 3])
     def test_deepspeed_stages(self, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,7 +447,7 @@ class TestSettings:
         plugin.set_mixed_precision(os.environ["ACCELERATE_MIXED_PRECISION"])
         assert plugin.deepspeed_config["zero_optimization"]["stage"] == stage
         assert plugin.deepspeed_config["bf16"]["enabled"]
-        assert backbone.sharded()
+        assert backbone.engine() == "deepspeed"
 
     def test_two_nodes_share_the_processes(self) -> None:
         checked, _ = validated(SETTINGS / "two_nodes.yaml")
@@ -414,7 +457,7 @@ class TestSettings:
     def test_multi_cpu_hides_gpus(self) -> None:
         checked, _ = validated(SETTINGS / "multi_cpu.yaml")
         assert prepare_multi_gpu_env(checked)["CUDA_VISIBLE_DEVICES"] == "-1,-1"
-        assert not backbone.sharded()
+        assert backbone.engine() == "plain"
 
 
 def test_one_process_where_several_were_asked_for(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 python benchmarks/runs.py demo runs/ml-100k-click-lora-demo
 python benchmarks/runs.py main runs/ml-100k-click-lora
 python benchmarks/runs.py rating runs/ml-100k-rating-5fold
+python benchmarks/runs.py encoder runs/ml-100k-click-encoder    # docs/benchmarks.md only
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from peftrec import record, report
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("place", choices=["demo", "main", "rating"], help="whose markers")
+    parser.add_argument("place", choices=["demo", "main", "rating", "encoder"], help="whose markers")
     parser.add_argument("run", help="output_dir of a finished run")
     arguments = parser.parse_args()
     facts = record.read_record(arguments.run)
@@ -29,7 +30,8 @@ def main() -> None:
         f"{facts.model['parameters']:,} parameters; the adapter is {adapter['bytes'] / 1e6:.1f} MB; seed {facts.seed}."
     )
     text = f"{comparison.markdown()}\n{cost}"
-    for page in (PAGE, PAGE.parent.parent / "README.md"):
+    readme = PAGE.parent.parent / "README.md"
+    for page in (PAGE,) if arguments.place == "encoder" else (PAGE, readme):
         put(arguments.place, text, page)
 
 

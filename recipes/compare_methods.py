@@ -23,8 +23,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from peftrec import config, record, schema
-from peftrec.errors import ConfigError, as_one_line
+from peftrec import config, record, report, schema
+from peftrec.bootstrap import Interval
+from peftrec.errors import ConfigError, DataError, as_one_line
 from peftrec.looks import style
 from peftrec.metrics import HEADLINE
 
@@ -43,6 +44,7 @@ class Method:
         share: of the base model's parameters.
         size: of the saved adapter, bytes.
         figure: the task's headline metric on the test rows, with its 95 % interval.
+        gain: this method minus the one that trains nothing, on the same rows; None where there is no such run.
         events_per_second: learned; None where nothing is.
         memory: highest resident memory of the process, bytes.
     """
@@ -51,7 +53,8 @@ class Method:
     trained: int
     share: float
     size: int
-    figure: tuple[float, float, float]
+    figure: Interval
+    gain: Interval | None
     events_per_second: float | None
     memory: int
 
@@ -79,7 +82,8 @@ def main() -> None:
     for name in wanted:
         print(f"\n{name}", flush=True)
         _run(base, overrides[name], folder / name)
-        found.append(_measured(name, folder / name))
+        frozen = next((folder / one.name for one in found if not one.trained), None)
+        found.append(_measured(name, folder / name, frozen))
     task = config.load_recipe(base, overrides[wanted[0]]).task
     text = table(found, HEADLINE[task])
     print(f"\n{text}")
@@ -122,7 +126,7 @@ def _run(base: Path, overrides: Sequence[str], run: Path) -> None:
         memory.write_text(json.dumps({"bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)}))
 
 
-def _measured(name: str, run: Path) -> Method:
+def _measured(name: str, run: Path, frozen: Path | None) -> Method:
     facts = record.read_record(run)
     key = f"test/{HEADLINE[facts.task]}"
     trained = facts.adapter.get("trainable_parameters", 0)
@@ -132,26 +136,44 @@ def _measured(name: str, run: Path) -> Method:
         trained,
         trained / facts.model["parameters"],
         facts.adapter.get("bytes", 0),
-        (facts.metrics[key], low, high),  # type: ignore[arg-type]
+        Interval(facts.metrics[key], low, high),
+        _gain(run, frozen, key) if frozen and trained else None,
         facts.train.get("events_per_second"),
         json.loads((run / MEMORY).read_text())["bytes"],
     )
 
 
+def _gain(run: Path, frozen: Path, key: str) -> Interval:
+    ours, theirs = record.read_predictions(run), record.read_predictions(frozen)
+    rows = ["user_id", "item_id", "timestamp", "split"]
+    if not ours.select(rows).equals(theirs.select(rows)):
+        raise DataError(f"{run}: other rows than {frozen} scored; remove both and repeat the command")
+    path = run / "config.yaml"
+    recipe = config.parse_recipe(schema.read_yaml(path), str(path))
+    scale = record.read_record(run).data["scale"] if recipe.task == "rating" else (0.0, 1.0)
+    compared = report.compare_predictions(ours.with_columns(base_score=theirs["score"]), recipe, scale=scale)
+    return compared.differences[record.BASE_MODEL][key]
+
+
 def table(methods: Sequence[Method], metric: str) -> str:
     """The methods as a Markdown table."""
     lines = [
-        f"| method | trained parameters | share | adapter, MB | test {metric} [95 %] | events/s | peak memory, GB |",
-        "|---|---:|---:|---:|---|---:|---:|",
+        f"| method | trained parameters | share | adapter, MB | test {metric} [95 %] | over none [95 %] | events/s "
+        "| peak memory, GB |",
+        "|---|---:|---:|---:|---|---|---:|---:|",
     ]
     for one in methods:
-        quality = "{:.3f} [{:.3f}, {:.3f}]".format(*one.figure)
+        gain = "-" if one.gain is None else _cell(one.gain, "+")
         speed = "-" if one.events_per_second is None else f"{one.events_per_second:.1f}"
         lines.append(
-            f"| {one.name} | {one.trained:,} | {one.share:.2%} | {one.size / 1e6:.2f} | {quality} | {speed} "
-            f"| {one.memory / 1e9:.2f} |"
+            f"| {one.name} | {one.trained:,} | {one.share:.2%} | {one.size / 1e6:.2f} | {_cell(one.figure)} | {gain} "
+            f"| {speed} | {one.memory / 1e9:.2f} |"
         )
     return "\n".join(lines)
+
+
+def _cell(one: Interval, sign: str = "") -> str:
+    return f"{one.point:{sign}.3f} [{one.low:{sign}.3f}, {one.high:{sign}.3f}]"
 
 
 def picture(methods: Sequence[Method], metric: str) -> Figure:
@@ -160,7 +182,7 @@ def picture(methods: Sequence[Method], metric: str) -> Figure:
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
         for one in methods:
-            point, low, high = one.figure
+            point, low, high = one.figure.point, one.figure.low, one.figure.high
             if not one.trained:
                 axes.axhline(
                     point, color="black", linewidth=1, linestyle=(0, (1, 3)), label=f"{one.name}: nothing trained"

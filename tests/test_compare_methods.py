@@ -75,6 +75,12 @@ def test_two_methods_in_one_table(plan: Path, tmp_path: Path) -> None:
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["none", "ia3"]
     trained = json.loads((tmp_path / "runs/ia3/run.json").read_text())["adapter"]["trainable_parameters"]
     assert f"| ia3 | {trained:,} |" in lines[3]
+    # What it gains over the frozen base is the difference of the two figures, on the same rows.
+    quality, gain = zip(*(line.split("|")[5:7] for line in lines[2:]), strict=True)
+    assert gain[0].strip() == "-"
+    assert float(gain[1].split()[0]) == pytest.approx(
+        float(gain[0].split()[0]) - float(quality[0].split()[0]), abs=1.1e-3
+    )
     assert (tmp_path / "runs/methods.png").stat().st_size > 10_000
     assert done.stdout.count("everything is in") == 2
     again = compare("--config", plan, "--methods", "ia3")

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 from peftrec import assets, attention, config, heads, quantized
-from peftrec.errors import ModelError
+from peftrec.errors import ConfigError, ModelError
 from peftrec.prompts import Kind
 from peftrec.target import Target
 
@@ -77,6 +77,11 @@ def check(recipe: config.Recipe) -> None:
     with _as_model_error(recipe.model):
         kind = _kind(source, options)
     heads.check(kind, recipe)
+    if kind == "seq2seq" and engine() == "fsdp":
+        raise ConfigError(
+            f"model.name: {recipe.model.name} is {heads.WORDS[kind]}, whose two halves share embeddings that FSDP "
+            "cannot cut into shards; launch with multi_gpu.yaml, or take another base model"
+        )
 
 
 def load(model: config.Model, target: Target | None = None) -> Backbone:

@@ -72,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--candidates", nargs="+", action="extend", metavar="TITLE", help="rank these; default: the whole items table"
     )
+    verb.add_argument(
+        "--user",
+        metavar="JSON",
+        help="what the prompt shows of the person, such as '{\"age\": 30}'",
+    )
     verb.add_argument("--items", metavar="FILE", help="items table (default: that of the adapter's named data set)")
     verb.add_argument(
         "--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="names in the items table: item_id=movieId"
@@ -172,6 +177,7 @@ def _recommend(given: argparse.Namespace) -> None:
         raise ConfigError(f"--k: {given.k}; expected a whole number from 1")
     if columns and not given.items:
         raise ConfigError("--columns: no --items; expected the table that has these columns; add --items FILE")
+    user = None if given.user is None else _person(given.user)
     from peftrec.recommender import Recommender
 
     recommender = Recommender.from_pretrained(
@@ -181,9 +187,19 @@ def _recommend(given: argparse.Namespace) -> None:
         base_model=given.base_model,
         prior=not given.no_prior,
     )
-    best = recommender.rank(given.history, given.candidates, k=given.k)
+    best = recommender.rank(given.history, given.candidates, k=given.k, user=user)
     show = _as_json if given.json else _as_text
     show(recommender, given.history, best)
+
+
+def _person(text: str) -> dict[str, Any]:
+    try:
+        person = json.loads(text)
+    except ValueError:
+        person = None
+    if not isinstance(person, dict):
+        raise ConfigError(f"--user: {text!r}; expected a JSON object of columns, such as '{{\"age\": 30}}'")
+    return person
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -152,10 +152,12 @@ class Launch:
     Attributes:
         engine: plain (every process has the whole model), fsdp or deepspeed.
         processes: how many there are.
+        mixed_precision: accelerate's setting.
     """
 
     engine: str
     processes: int
+    mixed_precision: str = "no"
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class LaunchRule:
     Attributes:
         key: the setting to name in the error.
         applies: whether recipe and launch exclude each other.
-        text: why, and what to change; may name {processes} and {engine}.
+        text: why, and what to change; may name the attributes of `Launch` in braces.
     """
 
     key: str
@@ -188,6 +190,27 @@ LAUNCH_RULES = (
         "DeepSpeed computes in one type for model and adapter; set it to bfloat16, or launch without DeepSpeed",
     ),
     LaunchRule(
+        "model.dtype",
+        lambda recipe, launch: launch.engine != "deepspeed" and launch.mixed_precision != "no",
+        "accelerate's mixed_precision is {mixed_precision}, which would round the answers too; model.dtype alone says "
+        "what is computed in: set mixed_precision to 'no'",
+    ),
+    LaunchRule(
+        "score.head",
+        lambda recipe, launch: launch.engine == "deepspeed" and recipe.score.head != "tokens",
+        "such a head computes in float32, where DeepSpeed has one type; set it to tokens, or launch without DeepSpeed",
+    ),
+    LaunchRule(
+        "adapter.method",
+        lambda recipe, launch: launch.engine != "plain" and recipe.adapter.method == "none",
+        "only what is trained is cut into shards by {engine}; launch with multi_gpu.yaml",
+    ),
+    LaunchRule(
+        "eval.base_model",
+        lambda recipe, launch: launch.engine != "plain" and recipe.adapter.method == "full" and recipe.eval.base_model,
+        "it is scored before {engine} cuts the model into shards; set it to false",
+    ),
+    LaunchRule(
         "model.load_in_8bit",
         lambda recipe, launch: launch.engine != "plain" and recipe.model.load_in_8bit,
         "8-bit weights cannot be cut into shards; set model.load_in_4bit instead, or launch with multi_gpu.yaml",
@@ -204,7 +227,7 @@ def launch_conflicts(recipe: Any, launch: Launch) -> Iterator[str]:
     """One line for each launch rule that is broken."""
     for rule in LAUNCH_RULES:
         if rule.applies(recipe, launch):
-            text = rule.text.format(processes=launch.processes, engine=launch.engine)
+            text = rule.text.format(**vars(launch))
             yield f"{rule.key}: {_value(recipe, rule.key)}; {text}"
 
 

@@ -81,7 +81,7 @@ class Encoder:
         self._people: list[str] = []
         if prompt.user is not None:
             assert log.users is not None, "interactions.load(…, with_users=True)"
-            self._people = [self.codec.plain(text) for text in user_texts(log.users, prompt.user)]
+            self._people = self.codec.written(user_texts(log.users, prompt.user), max_user_tokens(prompt.max_tokens))
         self.questions = Pieces.of(self.codec.questions(self.texts, self.max_item_tokens) if self.texts else [])
 
     def train(self, prior: np.ndarray | None) -> WindowDataset:
@@ -310,6 +310,11 @@ def _record_text(codec: Texts, template: str, record: Mapping[str, str]) -> str:
 def max_item_tokens(prompt: config.Prompt) -> int:
     """Longest item text (tokens): an eighth of a window, so that a history of at least seven items always fits."""
     return max(8, prompt.max_tokens // 8)
+
+
+def max_user_tokens(max_tokens: int) -> int:
+    """Longest text of a person (tokens): a quarter of a prompt."""
+    return max(16, max_tokens // 4)
 
 
 def whole_users(rows: np.ndarray, user: np.ndarray, limit: int | None, order: np.ndarray) -> np.ndarray:

@@ -147,6 +147,8 @@ def check(data: Data, shown: Sequence[str] = (), task: Task = "click", of_users:
     problems = []
     if data.name is not None and data.name not in DATASETS:
         problems.append(_unknown_name(data.name))
+    elif data.name is not None and of_users and DATASETS[data.name].load_users is None:
+        problems.append(_tells_nothing(data.name))
     for source, look in _looks(data, shown, task, of_users):
         try:
             if not tables.on_hub(source):
@@ -198,6 +200,10 @@ def _with_known(data: Data) -> Data:
 
 def _unknown_name(name: str) -> str:
     return f"data.name: no data set '{name}'; expected one of {', '.join(sorted(DATASETS))}"
+
+
+def _tells_nothing(name: str) -> str:
+    return f"prompt.user: data set {name} tells nothing of its users; leave prompt.user out"
 
 
 def _looks(
@@ -370,11 +376,14 @@ def _users(data: Data, user_ids: pl.Series, warnings: list[str]) -> pl.DataFrame
     else:
         where, read = data.name or "", DATASETS[data.name or ""].load_users
         if read is None:
-            raise DataError(f"prompt.user: {where} tells nothing of its users; leave prompt.user out")
+            raise DataError(_tells_nothing(where))
         table = read()
     if table["user_id"].dtype != user_ids.dtype:
         table = table.with_columns(pl.col("user_id").cast(pl.String))
-    table = table.unique("user_id", keep="last")
+    rows = table.height
+    table = table.unique("user_id", keep="first", maintain_order=True)
+    if count := rows - table.height:
+        warnings.append(f"{where}: {count} rows with a user_id that came before dropped")
     asked = pl.DataFrame({"user_id": user_ids.cast(table["user_id"].dtype)})
     unknown = asked.join(table, on="user_id", how="anti")
     if unknown.height == len(user_ids):

@@ -44,10 +44,19 @@ def check(recipe: config.Recipe) -> None:
     Raises:
         ConfigError: a rule of `compatibility.LAUNCH_RULES` is broken.
     """
-    launch = compatibility.Launch(backbone.engine(), group().num_processes)
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    launch = compatibility.Launch(backbone.engine(), group().num_processes, mixed)
     problems = list(compatibility.launch_conflicts(recipe, launch))
     if problems:
         raise ConfigError(*problems)
+
+
+def leave() -> None:
+    """What follows is one process's own: models are loaded whole again, where DeepSpeed would cut them."""
+    if backbone.engine() == "deepspeed":
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
 
 
 def kind(checkpoint: Path) -> str:
@@ -72,8 +81,10 @@ def gather(model: Any) -> Callable[[], None]:
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.requires_grad and isinstance(parameter, DTensor)
     ]
+    shared: dict[int, Any] = {id(parameter): parameter for *_, parameter in parts}  # what is shared stays shared
+    whole = {key: nn.Parameter(one.full_tensor().detach().cpu()) for key, one in shared.items()}
     for module, name, parameter in parts:
-        setattr(module, name, nn.Parameter(parameter.full_tensor().detach().cpu()))
+        setattr(module, name, whole[id(parameter)])
     together = ExitStack()
     partitioned = [one for one in model.parameters() if one.requires_grad and hasattr(one, "ds_id")]
     if partitioned:

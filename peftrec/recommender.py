@@ -21,7 +21,7 @@ from peftrec import adapters, artifact, backbone, config, scorer, virtual_tokens
 from peftrec.baselines import Prior
 from peftrec.catalogue import Catalogue, Item, read_history, read_items, read_ratings
 from peftrec.datasets import DATASETS
-from peftrec.encode import new_codec, prompt_windows, record_ids, templated_ids
+from peftrec.encode import max_user_tokens, new_codec, prompt_windows, record_ids, templated_ids
 from peftrec.errors import ConfigError, DataError, ModelError
 from peftrec.prompts import ANSWER_MARK, Codec, Pieces, user_texts, with_user
 from peftrec.rating_baselines import RatingPrior
@@ -262,7 +262,7 @@ class Recommender:
             raise DataError("user: this adapter's prompt shows nothing of the person; leave it out")
         if isinstance(user, dict):
             (user,) = user_texts(pl.DataFrame([user], strict=False), self.prompt.user)
-        return self.codec.plain(" ".join(str(user).split()))
+        return self.codec.written([" ".join(str(user).split())], max_user_tokens(self.prompt.max_tokens))[0]
 
     def _score_items(self, events: Sequence[Event], candidates: Sequence[Item], user: str) -> Floats:
         shown = [event for event in events if self.prompt.history == "all" or self._liked(event)]

@@ -42,7 +42,8 @@ class AnswerHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (B, T, H) -> logits of the answers (B, T, A)."""
-        return F.linear(hidden.float(), self.weight, self.bias)
+        # DeepSpeed casts buffers to the type that it computes in.
+        return F.linear(hidden.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 def with_head(model: Any, head: str, answers: Sequence[int]) -> Any:

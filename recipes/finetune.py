@@ -168,6 +168,7 @@ def main() -> None:
         with model.disable_adapter():
             _, base_outputs = train.score(model, reported, description="score, base model", processes=state)
     processes.gather(model)
+    processes.leave()
     if not state.is_main_process:
         return
 

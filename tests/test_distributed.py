@@ -167,6 +167,10 @@ def saved(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder / f"{name}.adapter" / "adapter_model.safetensors")
 
 
+# Adam divides by the gradient's size, so that the last digit of a sum near zero counts as much as a large gradient.
+SUMS = 1e-3
+
+
 def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
     """Equal up to `tolerance` of the largest number."""
     assert ours.keys() == theirs.keys()
@@ -285,13 +289,13 @@ class TestTwoProcesses:
         for key in ("loss", "eval_loss"):
             assert len(logged(ours, key)) == len(logged(theirs, key)) == {"loss": 8, "eval_loss": 2}[key]
             np.testing.assert_allclose(logged(ours, key), logged(theirs, key), rtol=1e-5)
-        assert_close(saved(two, "whole"), saved(one, "whole"), 1e-4)
+        assert_close(saved(two, "whole"), saved(one, "whole"), SUMS)
 
     def test_a_run_of_one_goes_on_with_two(self, one: Path, two: Path) -> None:
         ours, theirs = read(two, "resumed"), read(one, "whole")
         assert logged(ours, "loss")[:4] == logged(theirs, "loss")[:4]
         np.testing.assert_allclose(logged(ours, "loss"), logged(theirs, "loss"), rtol=1e-5)
-        assert_close(saved(two, "resumed"), saved(one, "whole"), 1e-4)
+        assert_close(saved(two, "resumed"), saved(one, "whole"), SUMS)
 
     def test_a_run_of_two_goes_on_with_one(self, tiny_llama_folder: Path, one: Path, two: Path, tmp_path: Path) -> None:
         shutil.copytree(two / "whole", tmp_path / "resumed")
@@ -300,7 +304,7 @@ class TestTwoProcesses:
         theirs = read(one, "whole")
         assert logged(ours, "loss")[:4] == logged(read(two, "whole"), "loss")[:4]
         np.testing.assert_allclose(logged(ours, "loss"), logged(theirs, "loss"), rtol=1e-5)
-        assert_close(saved(tmp_path, "resumed"), saved(one, "whole"), 1e-4)
+        assert_close(saved(tmp_path, "resumed"), saved(one, "whole"), SUMS)
 
     def test_a_step_weighs_events_however_it_is_cut(self, tiny_llama_folder: Path, two: Path, tmp_path: Path) -> None:
         """Four rows one after the other, four at once, and two by two processes: the same gradients."""
@@ -342,15 +346,15 @@ class TestShards:
         np.testing.assert_allclose(ours["outputs"], theirs["outputs"], rtol=0, atol=1e-4)
 
     def test_the_adapter_is_saved_whole(self, one: Path, shards: Path) -> None:
-        assert_close(saved(shards, "whole"), saved(one, "whole"), 1e-4)
+        assert_close(saved(shards, "whole"), saved(one, "whole"), SUMS)
         ours, theirs = (load_file(run / "whole" / "checkpoint-8" / adapters.CHECKPOINT) for run in (shards, one))
-        assert_close(ours, theirs, 1e-4)
+        assert_close(ours, theirs, SUMS)
 
     def test_it_goes_on(self, one: Path, shards: Path) -> None:
         assert read(shards, "resumed")["log"][:5] == read(shards, "whole")["log"][:5]
         ours, theirs = (logged(read(*run), "loss") for run in ((shards, "resumed"), (one, "whole")))
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-        assert_close(saved(shards, "resumed"), saved(one, "whole"), 1e-4)
+        assert_close(saved(shards, "resumed"), saved(one, "whole"), SUMS)
 
     def test_a_run_that_had_ended_is_only_taken_over(self, shards: Path) -> None:
         assert read(shards, "again") == read(shards, "whole")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from peftrec import adapters, artifact, backbone, config, encode, interactions, scorer
+from peftrec.datasets import DATASETS
 from peftrec.errors import ConfigError, DataError
 from peftrec.prompts import user_texts, with_user
 from peftrec.recommender import Recommender
@@ -56,9 +57,10 @@ class TestTable:
         found = self.load(tmp_path, pl.DataFrame({"user_id": [9, 5, 7, 7], "age": [20, 30, 40, 50]}))
         assert found.user_ids.to_list() == [7, 8, 9]
         assert found.users is not None
-        assert found.users.rows() == [(7, "50"), (8, None), (9, "20")]  # the last of two rows counts, as for items
+        assert found.users.rows() == [(7, "40"), (8, None), (9, "20")]  # the first of two rows counts, as for items
         assert f"{tmp_path}/users.csv: 1 of 3 users are not in it: nothing is said of them" in found.warnings
-        other = self.load(tmp_path, pl.DataFrame({"user_id": [9, 5, 7, 7], "age": [20, 30, 40, 51]}))
+        assert f"{tmp_path}/users.csv: 1 rows with a user_id that came before dropped" in found.warnings
+        other = self.load(tmp_path, pl.DataFrame({"user_id": [9, 5, 7, 7], "age": [20, 30, 41, 50]}))
         assert other.sha256 != found.sha256
 
     def test_other_names_and_ids(self, tmp_path: Path) -> None:
@@ -183,3 +185,13 @@ def test_a_served_adapter_asks_the_same(
     plain = dataclasses.replace(about, prompt=dataclasses.replace(about.prompt, user=None, template="{history}{item}:"))
     with pytest.raises(DataError, match="user: this adapter's prompt shows nothing of the person; leave it out"):
         Recommender(plain, recommender.model, loaded.tokenizer).score([], ["Heat"], {"age": 3})
+
+
+def test_a_data_set_that_tells_nothing_of_its_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = dataclasses.replace(DATASETS["ml-100k"], load_users=None)
+    monkeypatch.setitem(DATASETS, "ml-100k", silent)
+    with pytest.raises(
+        DataError, match=r"prompt\.user: data set ml-100k tells nothing of its users; leave prompt\.user out"
+    ):
+        interactions.check(config.Data(name="ml-100k"), of_users=["age"])
+    interactions.check(config.Data(name="ml-100k"))

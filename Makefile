@@ -25,9 +25,9 @@ demo: $(STAMP)
 	@echo 'Next, with films that you know:'
 	@echo '  $(BIN)/peftrec recommend runs/ml-100k-click-lora-demo/adapter --history "Toy Story (1995):yes" "Heat (1995):no"'
 
-# A file's tests share what they set up, so they stay together; each worker keeps to one thread.
+# A file's tests share what they set up, so they stay together; tests/conftest.py gives each worker cores of its own.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -19,6 +19,12 @@ from peftrec.split import Log
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+# Two runs with two threads each on two cores wait for each other: a worker and what it starts keep to their own cores.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    number, count = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, cores[number::count] or cores)
+
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("peftrec", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("peftrec")

@@ -428,6 +428,8 @@ class TestSettings:
         checked, settings = validated(path)
         assert checked.num_processes == settings.num_processes > 0
         assert (checked.num_processes > 1) == (checked.multi_gpu or checked.use_fsdp or checked.use_deepspeed)
+        # The recipe's model.dtype decides; autocast on top of it would be a second, hidden setting.
+        assert settings.mixed_precision == ("bf16" if checked.use_deepspeed else "no")
         head = path.read_text().partition("compute_environment")[0]
         for word in ("Needs:", "Launch:", "Override:", f"--config_file recipes/accelerate/{path.name}"):
             assert word in head

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAUNCHERS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
 
 def run(*words: str | Path, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -76,23 +75,6 @@ def test_importing_recipes_says_how_to_launch_them() -> None:
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError: recipes: ")
     assert "accelerate launch recipes/finetune.py --config recipes/configs/ml-100k/click_lora.yaml" in last
-
-
-def test_there_are_launcher_settings() -> None:
-    assert {path.stem for path in LAUNCHERS} >= {"cpu", "single_gpu", "multi_gpu"}
-
-
-@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
-def test_accelerate_reads_its_settings(path: Path) -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    settings = load_config_from_file(str(path))
-    kind = "MULTI_GPU" if path.stem == "multi_gpu" else "NO"
-    assert settings.distributed_type.value == kind
-    assert settings.use_cpu == (path.stem == "cpu")
-    assert (settings.num_processes > 1) == (kind != "NO")
-    # The recipe's model.dtype decides; autocast on top of it would be a second, hidden setting.
-    assert settings.mixed_precision == "no"
 
 
 def test_accelerate_launches_quietly(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ demo: $(STAMP)
 
 # A file's tests share what they set up, so they stay together; tests/conftest.py gives each worker cores of its own.
 test: lint
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -29,6 +29,13 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 settings.register_profile("peftrec", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("peftrec")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that at the end no worker waits for another's."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 HEADER = "What this person rated, oldest first, and whether they liked each:\n"
 # Titles 2k and 2k + 1 have equally many tokens, so that swapping them moves nothing else.
 TITLES = [f"{name} ({year})" for name in ("Heat", "Toy Story", "What's Up, Doc?", "Film 12") for year in (1972, 1995)]

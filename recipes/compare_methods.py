@@ -177,23 +177,18 @@ def _cell(one: Interval, sign: str = "") -> str:
 
 
 def picture(methods: Sequence[Method], metric: str) -> Figure:
-    """Quality against trained parameters, one dot with its interval for each method."""
+    """Quality of each method, a line with its interval for each; the share of trained parameters stands beside it."""
     with style():
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = Figure(figsize=(8, 1 + 0.32 * len(methods)), layout="constrained")
         axes = figure.subplots()
-        for one in methods:
+        for place, one in enumerate(methods):
             point, low, high = one.figure.point, one.figure.low, one.figure.high
+            axes.errorbar(point, place, xerr=[[point - low], [high - point]], fmt="o", capsize=3, color="C0")
             if not one.trained:
-                axes.axhline(
-                    point, color="black", linewidth=1, linestyle=(0, (1, 3)), label=f"{one.name}: nothing trained"
-                )
-                axes.legend(loc="lower right")
-                continue
-            axes.errorbar(one.trained, point, yerr=[[point - low], [high - point]], fmt="o", capsize=3)
-            axes.annotate(one.name, (one.trained, point), xytext=(5, 5), textcoords="offset points", fontsize=8)
-        axes.set_xscale("log")
-        axes.set_xlabel("trained parameters")
-        axes.set_ylabel(f"test {metric}, 95 % interval")
+                axes.axvline(point, color="black", linewidth=1, linestyle=(0, (1, 3)))
+        axes.set_yticks(range(len(methods)), [f"{one.name}  {one.share:.2%}" for one in methods])
+        axes.invert_yaxis()
+        axes.set_xlabel(f"test {metric}, 95 % interval (names: share trained)")
     return figure
 
 

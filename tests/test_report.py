@@ -250,7 +250,7 @@ def test_a_record_holds_the_comparison(task: Task, tmp_path: Path) -> None:
     log = make_log() if task == "click" else make_ratings()
     table, recipe = everything(log, task)
     expected = report.compare_predictions(table, recipe, scale=log.scale)
-    sections = dict.fromkeys(("prompt", "model", "adapter", "train", "eval"), {})
+    sections: dict[str, Any] = {name: {} for name in ("prompt", "model", "adapter", "train", "eval")}
     data = {"warnings": ["of the data"]}
     written = record.RunRecord(
         **expected.facts(), **sections, data=data, warnings=["of the data", *expected.warnings], seed=recipe.seed

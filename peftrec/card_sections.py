@@ -60,6 +60,13 @@ def answer_word(about: Artifact, label: int) -> str:
     return decimal(about.target.scale[label]) if about.task == "rating" else about.prompt.answers[label].strip()
 
 
+def size(adapter: Mapping[str, Any]) -> str:
+    """Trained parameters and bytes, as the end of a sentence."""
+    if not adapter.get("trainable_parameters"):
+        return ""
+    return f": {adapter['trainable_parameters']:,} trained parameters, {adapter['bytes'] / 1e6:.1f} MB"
+
+
 def story(about: Artifact, probe: Probe) -> str:
     """A probe as lines of text: what the person met, and the item in question."""
     lines = [f"{text}: {answer_word(about, label)}" for text, label in probe.history]

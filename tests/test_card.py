@@ -418,6 +418,9 @@ def test_a_region_that_was_taken_out_stays_out() -> None:
     without = re.sub(r"<!-- peftrec:prompt:begin -->.*<!-- peftrec:prompt:end -->\n", "", first, flags=re.S)
     assert without != first
     assert card.render(facts(), existing=without) == without
+    # One of an earlier template goes, with what it said.
+    older = first + "<!-- peftrec:energy:begin -->\n1 kWh\n<!-- peftrec:energy:end -->\n"
+    assert card.render(facts(), existing=older) == first
     # One that says nothing is there all the same, so that it can speak later.
     assert "## Intended use\n\nFilms." in card.render(facts(), Author(intended_use="Films."), existing=first)
 

@@ -30,7 +30,7 @@ SLICES = {"cold_item": ("cold_item",), "cold_user": ("cold_user",), "popularity"
 """What `eval.slices` may name -> the slices of `metrics.slices` that it stands for."""
 
 WIDTH = 120
-_HEADINGS = {
+HEADINGS = {
     "auc": "AUC",
     "uauc": "uauc",
     "log_loss": "log loss",
@@ -44,8 +44,9 @@ _HEADINGS = {
     "exact": "exact",
     "ndcg@10": "NDCG@10",
 }
-# Shown with intervals, and as differences.
-_LEADING: dict[Task, tuple[str, ...]] = {"click": ("auc", "uauc"), "rating": ("rmse", "mae", "uauc")}
+"""What people read for a metric."""
+LEADING: dict[Task, tuple[str, ...]] = {"click": ("auc", "uauc"), "rating": ("rmse", "mae", "uauc")}
+"""Shown with intervals, and as differences."""
 _SHORT = {record.NO_PRIOR: "no prior", record.BASE_MODEL: "base", "mf": "MF", "item_knn": "k-NN"}
 _LEGEND: dict[Task, str] = {
     "click": (
@@ -140,13 +141,13 @@ class Comparison:
 
     def markdown(self) -> str:
         """The same for a page."""
-        parts = [f"{self._headline()} {self.knew}", *_pipes(self._scorers()), _LEGEND[self.task]]
+        parts = [f"{self._headline()} {self.knew}", pipes(self._scorers()), _LEGEND[self.task]]
         if self.resamples:
             parts[-1] += f" {self._brackets()}"
         if self.differences:
-            parts += [f"**{shown(self.ours)} minus the other**, {self._hint()}:", *_pipes(self._differences())]
+            parts += [f"**{shown(self.ours)} minus the other**, {self._hint()}:", pipes(self._differences())]
         if len(self.sizes) > 1:
-            parts += [f"**{self._by_slice()}**:", *_pipes(self._slices())]
+            parts += [f"**{self._by_slice()}**:", pipes(self._slices())]
         parts += [f"Warning: {line}." for line in self.warnings]
         return "\n\n".join(parts) + "\n"
 
@@ -170,27 +171,25 @@ class Comparison:
         return f"[low, high]: 95% interval over {self.resamples:,} resamples of the users."
 
     def _hint(self) -> str:
-        lower = ", ".join(_HEADINGS[key] for key in _LEADING[self.task] if key in LOWER_IS_BETTER)
+        lower = ", ".join(HEADINGS[key] for key in LEADING[self.task] if key in LOWER_IS_BETTER)
         return "on the same rows" + (f" ({lower}: negative where the {shown(self.ours)} is better)" if lower else "")
 
     def _by_slice(self) -> str:
         metric = HEADLINE[self.task]
-        return f"{_HEADINGS[metric]} by slice" + (" (lower is better)" if metric in LOWER_IS_BETTER else "")
+        return f"{HEADINGS[metric]} by slice" + (" (lower is better)" if metric in LOWER_IS_BETTER else "")
 
     def _scorers(self) -> Table:
-        keys, leading = METRICS[self.task], _LEADING[self.task]
-        rows: Table = [("scorer", *(_HEADINGS[key] for key in keys))]
+        keys, leading = METRICS[self.task], LEADING[self.task]
+        rows: Table = [("scorer", *(HEADINGS[key] for key in keys))]
         for name, own in self.intervals.items():
-            rows.append(
-                (shown(name), *(_cell(own.get(f"{self.split}/{key}"), interval=key in leading) for key in keys))
-            )
+            rows.append((shown(name), *(cell(own.get(f"{self.split}/{key}"), interval=key in leading) for key in keys)))
         return rows
 
     def _differences(self) -> Table:
-        keys = _LEADING[self.task]
-        rows: Table = [("other scorer", *(_HEADINGS[key] for key in keys))]
+        keys = LEADING[self.task]
+        rows: Table = [("other scorer", *(HEADINGS[key] for key in keys))]
         for name, own in self.differences.items():
-            cells = [_cell(own.get(f"{self.split}/{key}"), interval=True, sign="+") for key in keys]
+            cells = [cell(own.get(f"{self.split}/{key}"), interval=True, sign="+") for key in keys]
             rows.append((shown(name), *cells))
         return rows
 
@@ -201,7 +200,7 @@ class Comparison:
         rows: Table = [("slice", "rows", "users", answered, *(_SHORT.get(name, shown(name)) for name in names))]
         for part, size in self.sizes.items():
             key = _key(self.split, metric, part)
-            cells = [_cell(self.intervals[name].get(key)) for name in names]
+            cells = [cell(self.intervals[name].get(key)) for name in names]
             rows.append((part, f"{size.rows:,}", f"{size.users:,}", self._mean(size), *cells))
         return rows
 
@@ -287,6 +286,40 @@ def compare_run(run: str | Path, split: str = "test", bootstrap: int | None = No
     return compare_predictions(table, recipe, split, scale=scale)
 
 
+def compare_record(found: record.RunRecord, recipe: config.Recipe) -> Comparison:
+    """The comparison that a run's record holds, as `compare_predictions` measured it on the test rows.
+
+    Args:
+        found: the run's record.
+        recipe: the run's recipe.
+    """
+    ours = next(iter(found.intervals))
+    intervals = {
+        name: {key: Interval(*map(_number, (point, *found.intervals[name][key]))) for key, point in own.items()}
+        for name, own in {ours: found.metrics, **found.baselines}.items()
+    }
+    differences = {
+        name: {
+            key: Interval(_number(one["difference"]), _number(one["low"]), _number(one["high"]))
+            for key, one in own.items()
+        }
+        for name, own in found.differences.items()
+    }
+    sizes = {}
+    for name, size in found.slices.items():
+        rows = int(size["rows"] or 0)
+        total = size["positives"] if found.task == "click" else (size["mean_rating"] or 0.0) * rows
+        sizes[name] = Size(rows, int(size["users"] or 0), float(total or 0))
+    own_warnings = found.warnings[len(found.data.get("warnings", ())) :]
+    return Comparison(
+        found.task, "test", sight(recipe), intervals, differences, sizes, recipe.eval.bootstrap, tuple(own_warnings)
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
 def sight(recipe: config.Recipe) -> str:
     """What a validation or test row knows, in one sentence."""
     how = recipe.eval
@@ -316,7 +349,7 @@ def _key(split: str, metric: str, part: str) -> str:
     return f"{split}/{metric}" if part == "all" else f"{split}/{metric}|{part}"
 
 
-def _cell(one: Interval | None, *, interval: bool = False, sign: str = "") -> str:
+def cell(one: Interval | None, *, interval: bool = False, sign: str = "") -> str:
     """`0.765 [0.751, 0.779]`, `0.765`, or `-` where nothing is defined."""
     if one is None or not math.isfinite(one.point):
         return "-"
@@ -343,7 +376,7 @@ def _aligned(rows: Table) -> list[str]:
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def _pipes(rows: Table) -> list[str]:
-    """One Markdown table as one paragraph."""
+def pipes(rows: Table) -> str:
+    """A Markdown table whose first row is the heading and whose first column stands to the left."""
     heading, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return ["\n".join([heading, "|---|" + "---:|" * (len(rows[0]) - 1), *body])]
+    return "\n".join([heading, "|---|" + "---:|" * (len(rows[0]) - 1), *body])

@@ -145,8 +145,8 @@ def dump_yaml(value: object) -> str:
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf))
 
 
-def read_yaml(path: str | Path) -> Any:
-    """The value in a YAML file.
+def read_yaml(path: str | Path, what: str = "a recipe") -> Any:
+    """The value in a YAML file; `what` names in errors what it should hold.
 
     Raises:
         ConfigError: the file cannot be read, or is not YAML; with line and column where they are known.
@@ -154,12 +154,12 @@ def read_yaml(path: str | Path) -> Any:
     try:
         return parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; expected a recipe in YAML; check the path") from None
+        raise ConfigError(f"{path}: no such file; expected {what} in YAML; check the path") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a recipe in YAML") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected {what} in YAML") from None
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path}: byte {error.start} is not UTF-8; expected a recipe in YAML; save it as UTF-8"
+            f"{path}: byte {error.start} is not UTF-8; expected {what} in YAML; save it as UTF-8"
         ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

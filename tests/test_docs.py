@@ -18,7 +18,7 @@ from peftrec.config import load_recipe, parse_recipe
 from peftrec.schema import parse_yaml
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("model_cards/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("model_cards/**/*.md")])
 YOUR_DATA = ROOT / "docs" / "your-data.md"
 
 

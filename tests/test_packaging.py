@@ -46,7 +46,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "peftrec").rglob("*.py")}
-    assert {name for name in names if ".dist-info/" not in name} == modules | {"peftrec/py.typed"}
+    assert {name for name in names if ".dist-info/" not in name} == modules | {
+        "peftrec/py.typed",
+        "peftrec/card.md.jinja",
+    }
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 

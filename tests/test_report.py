@@ -244,6 +244,24 @@ def test_a_run_of_ratings_reads_its_scale_from_its_record(tmp_path: Path) -> Non
     assert record.read_record(tmp_path).task == "rating"
 
 
+@pytest.mark.parametrize("task", ["click", "rating"])
+def test_a_record_holds_the_comparison(task: Task, tmp_path: Path) -> None:
+    """Figures that are not defined included: JSON has no NaN."""
+    log = make_log() if task == "click" else make_ratings()
+    table, recipe = everything(log, task)
+    expected = report.compare_predictions(table, recipe, scale=log.scale)
+    sections: dict[str, Any] = {name: {} for name in ("prompt", "model", "adapter", "train", "eval")}
+    data = {"warnings": ["of the data"]}
+    written = record.RunRecord(
+        **expected.facts(), **sections, data=data, warnings=["of the data", *expected.warnings], seed=recipe.seed
+    )
+    record.write_record(tmp_path, written)
+    found = report.compare_record(record.read_record(tmp_path), recipe)
+    assert found.markdown() == expected.markdown()
+    assert (found.warnings, list(found.intervals)) == (expected.warnings, list(expected.intervals))
+    assert str(found.differences) == str(expected.differences)  # nan is not equal to itself
+
+
 def rated_rows() -> tuple[pl.DataFrame, config.Recipe]:
     """The five rows that tests/test_metrics.py measures by hand: a rated three films differently, b two alike."""
     log = dataclasses.replace(

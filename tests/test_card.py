@@ -1,0 +1,650 @@
+"""Model cards: what is said was measured, what is not known is not said, and nothing in the data can break a card."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftrec import card, card_sections, card_text, config, record
+from peftrec.artifact import Artifact, Base, Probe, PromptFormat, Source
+from peftrec.card_facts import Author, Facts, File, is_local, public_recipe, read_author, read_facts
+from peftrec.errors import ConfigError, DataError
+from peftrec.record import RunRecord
+from peftrec.report import compare_record
+
+CARDS = Path(__file__).parents[1] / "model_cards"
+SHIPPED = ("ml-100k-click-lora-demo", "ml-100k-rating-5fold")
+NASTY = "<b>|`x`</b>\n| a | b |\n```\n<!-- peftrec:data:end -->\n## No [x](y) *z* $1$ www.a.b http://c.d e@f.g"
+
+RECIPE: dict[str, Any] = {
+    "task": "click",
+    "data": {"interactions": "/home/ann/data/my.csv", "items": "/home/ann/data/films.csv", "like_at": 4},
+    "model": {"name": "/home/ann/models/tiny"},
+    "eval": {"bootstrap": 100, "slices": ["cold_item", "popularity"], "baselines": ["bias", "item_mean"]},
+    "output_dir": "/home/ann/runs/mine",
+}
+
+
+def about(**changes: Any) -> Artifact:
+    prompt = PromptFormat(
+        layout="timeline",
+        header="Rated:\n",
+        item="{title}",
+        answers=[" no", " yes"],
+        answer_ids=[5, 6],
+        max_tokens=64,
+        max_item_tokens=8,
+        bos="<s>",
+        example="<s>Rated:\nHeat: yes\nBabe:",
+    )
+    whole = Artifact(
+        prompt=prompt,
+        base_model=Base(name="tiny", hub_id="tiny", fingerprint="f" * 64, parameters=1000, dtype="float32"),
+        data=Source(name="my.csv", sha256="a" * 64),
+        peftrec_version="0.1.0",
+        like_at=4.0,
+        probes=[Probe([("Heat", 1), ("Fargo", 0)], "Babe", 0.0), Probe([], "Heat", -1.5)],
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+def measured(**changes: Any) -> RunRecord:
+    """Ten test rows: the bias is better than the adapter for certain, the item mean perhaps."""
+    whole = RunRecord(
+        task="click",
+        metrics={"test/auc": 0.75, "test/uauc": None, "test/auc|cold_item": 0.5, "test/auc|popular": 0.875},
+        intervals={
+            "adapter": {
+                "test/auc": [0.7, 0.8],
+                "test/uauc": [None, None],
+                "test/auc|cold_item": [0.25, 0.75],
+                "test/auc|popular": [0.8, 0.9],
+            },
+            "bias": {"test/auc": [0.8, 0.9]},
+            "item_mean": {"test/auc": [0.6, 0.8]},
+        },
+        differences={
+            "bias": {"test/auc": {"difference": -0.1, "low": -0.2, "high": -0.05}},
+            "item_mean": {"test/auc": {"difference": 0.05, "low": -0.05, "high": 0.125}},
+        },
+        baselines={"bias": {"test/auc": 0.85}, "item_mean": {"test/auc": 0.7}},
+        slices={
+            "all": {"rows": 10, "users": 3, "positives": 4},
+            "cold_item": {"rows": 2, "users": 1, "positives": 1},
+            "popular": {"rows": 8, "users": 3, "positives": 3},
+        },
+        data={},
+        prompt={},
+        model={"hub_id": "/home/ann/models/tiny"},
+        adapter={"method": "lora"},
+        train={},
+        eval={},
+        seed=13,
+        versions={"python": "3.11.7", "platform": "Linux-6.1-ann-laptop", "torch": None},
+        hardware={},
+        created="2026-11-22T13:17:02+00:00",
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+def facts(*, recipe: dict[str, Any] = RECIPE, **changes: Any) -> Facts:
+    text = config.dump_recipe(config.parse_recipe(recipe, "test"))
+    return dataclasses.replace(Facts(name="mine", record=measured(), artifact=about(), recipe=text), **changes)
+
+
+def shipped(name: str) -> Facts:
+    """The committed facts of a card; its adapter's files are only listed."""
+    files = json.loads((CARDS / name / "files.json").read_text(encoding="utf-8"))
+    return dataclasses.replace(read_facts(CARDS / name), files=tuple(File(**one) for one in files))
+
+
+def region(page: str, name: str) -> str:
+    (found,) = [text for one, text in card_text.regions(page, "page") if one == name]
+    return found
+
+
+def head(page: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(page.split("---\n")[1])
+    return found
+
+
+def tables(page: str) -> list[list[str]]:
+    """The Markdown tables outside of blocks of code, as their lines."""
+    page = re.sub(r"^(`{3,}).*?^\1$", "", page, flags=re.M | re.S)
+    return [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", page, flags=re.M)]
+
+
+def snippets(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S)
+
+
+# --- the shipped cards ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_cards_render_identically(name: str) -> None:
+    page, path = card.render(shipped(name)), CARDS / name / "README.md"
+    if os.environ.get("CARDS") == "write":
+        path.write_text(page, encoding="utf-8")
+    assert page == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_facts_belong_together(name: str) -> None:
+    """The listed hash of peftrec.json is that of the file beside the card, and each figure is there."""
+    found = shipped(name)
+    (listed,) = [one for one in found.files if one.name == "peftrec.json"]
+    assert listed in read_facts(CARDS / name).files
+    assert {f"figures/{one}" for one in found.figures} == set(re.findall(r"\]\((figures/.*?)\)", card.render(found)))
+    assert len(found.figures) >= 4
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_hub_client_reads_the_metadata_back(name: str) -> None:
+    found = shipped(name)
+    page = card.render(found, Author(license="apache-2.0"))
+    read = ModelCard(page)
+    assert isinstance(read.data, ModelCardData)
+    assert read.data.to_dict() == head(page)
+    assert read.data.library_name == "peft"
+    assert read.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert read.data["base_model_relation"] == "adapter"
+    assert (read.data.license, read.data.language, read.data.datasets) == ("apache-2.0", "en", ["ml-100k"])
+    assert (read.data.pipeline_tag, read.data.model_name) == ("text-generation", name)
+    assert read.data.tags == ["peftrec", "recommendation", f"{found.record.task}-prediction", "lora"]
+    results = {}
+    for one in read.data.eval_results or []:
+        part = re.search(r"\((\w+)\)$", one.metric_name or "")
+        results[f"{one.dataset_split}/{one.metric_type}" + (f"|{part[1]}" if part else "")] = one.metric_value
+    assert results == {key: value for key, value in found.record.metrics.items() if value is not None}
+    assert len(results) > 20
+    assert read.data.metrics == [key.partition("/")[2] for key in found.record.metrics if "|" not in key]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_figures_in_the_page_are_those_of_the_run(name: str) -> None:
+    found = shipped(name)
+    recipe = config.parse_recipe(yaml.safe_load(found.recipe), "test")
+    page = card.render(found)
+    expected = compare_record(found.record, recipe).markdown()
+    assert expected.strip() in region(page, "results")
+    assert found.recipe.strip() in region(page, "training")
+    for one in found.files:
+        assert f"| {one.bytes:,} | {one.sha256} |" in region(page, "files")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_no_path_of_a_machine_is_in_a_card(name: str) -> None:
+    page = card.render(shipped(name))
+    assert not re.search(r"(?<![\w/:.])[~/](home|root|tmp|work|usr|var|Users|mnt)/", page)
+    assert "user_id" not in page
+    assert "More information needed" not in page
+
+
+# --- what is said, by hand --------------------------------------------------------------------------------------------
+
+
+def test_the_headline_names_the_best_baseline() -> None:
+    expected = "AUC on 10 test rows: 0.750 [0.700, 0.800]; the best baseline, user+item bias, has 0.850 [0.800, 0.900]."
+    assert expected in region(card.render(facts()), "summary")
+
+
+def test_what_the_run_shows_of_its_limits() -> None:
+    said = region(card.render(facts()), "limits")
+    assert "* By AUC the adapter is worse than user+item bias (-0.100 [-0.200, -0.050])." in said
+    assert "* By AUC the adapter cannot be told apart from item mean (+0.050 [-0.050, +0.125])." in said
+    assert (
+        "* It serves the slice cold_item worst: AUC 0.500 [0.250, 0.750] on 2 rows of 1 users, against 0.750 on all."
+        in said
+    )
+    assert "* 2 of the 10 test rows (20.0%) are of items never trained on." in said
+    assert "uauc" not in said
+
+
+def test_lower_is_better_for_errors() -> None:
+    own = {"test/rmse": [0.85, 0.95], "test/rmse|tail": [0.9, 1.1], "test/rmse|popular": [0.7, 0.9]}
+    rated = measured(
+        task="rating",
+        metrics={"test/rmse": 0.9, "test/rmse|tail": 1.0, "test/rmse|popular": 0.8},
+        intervals={"adapter": own, "bias": {"test/rmse": [0.8, 0.9]}, "mf": {"test/rmse": [0.95, 1.0]}},
+        baselines={"bias": {"test/rmse": 0.85}, "mf": {"test/rmse": 0.97}},
+        differences={
+            "bias": {"test/rmse": {"difference": 0.05, "low": 0.01, "high": 0.1}},
+            "mf": {"test/rmse": {"difference": -0.07, "low": -0.1, "high": -0.01}},
+        },
+        slices={name: {"rows": 5, "users": 2, "mean_rating": 3.0} for name in ("all", "tail", "popular")},
+    )
+    found = compare_record(rated, config.parse_recipe({**RECIPE, "task": "rating", "data": {"name": "ml-100k"}}, "r"))
+    assert list(card_sections.verdicts(found)) == [
+        "By RMSE the adapter is worse than user+item bias (+0.050 [+0.010, +0.100])."
+    ]
+    assert "the slice tail worst: RMSE 1.000 [0.900, 1.100]" in card_sections.worst_slice(found)
+    assert "the best baseline, user+item bias, has 0.850" in card_sections.headline(found)
+
+
+def test_the_example_is_a_real_question() -> None:
+    page = card.render(facts())
+    assert "```text\nHeat: yes\nFargo: no\nBabe: ?\n```" in region(page, "summary")
+    assert "+0.000 (log-odds), a chance of 50% that" in region(page, "summary")
+    assert "| nothing | Heat | -1.500 |" in region(page, "data")
+    assert "<s>Rated:\nHeat: yes\nFargo: no\nBabe:\n```" in region(page, "prompt")
+    assert "| ' yes' | 6 | liked |" in region(page, "prompt")
+
+
+@pytest.mark.parametrize(("score", "chance"), [(-800.0, "0%"), (800.0, "100%"), (np.log(3), "75%")])
+def test_chances(score: float, chance: str) -> None:
+    assert f"a chance of {chance} that" in card_sections.meaning(about(), score)
+
+
+def test_the_training_log_marks_what_was_kept() -> None:
+    log = [
+        {"step": 5, "loss": 0.75, "epoch": 0.25},
+        {"step": 10, "eval_loss": 0.625, "eval_auc": 0.5, "epoch": 0.5},
+        {"step": 15, "loss": 0.5, "epoch": 0.75},
+        {"step": 20, "eval_loss": 0.5, "eval_auc": None, "epoch": 1.0},
+    ]
+    lines = card_sections.training_log({"log": log, "best_step": 10}).splitlines()
+    assert lines[0] == "| step | epoch | training loss | validation loss | validation AUC |"
+    assert lines[2:] == [
+        "| **10** | **0.50** | **0.750** | **0.625** | **0.500** |",
+        "| 20 | 1.00 | 0.500 | 0.500 | - |",
+    ]
+    alone = card_sections.training_log({"log": [log[0], log[2]], "best_step": None}).splitlines()
+    assert alone[2:] == ["| 5 | 0.25 | 0.750 |", "| 15 | 0.75 | 0.500 |"]
+
+
+def test_splits_have_days_only_where_there_are_times() -> None:
+    sizes = {"rows": 4, "users": 2, "items": 3, "positives": 1}
+    dated = measured(data={"splits": {"train": {**sizes, "first": 86400 * 10957, "last": 86400 * 10958}}})
+    assert card_sections.splits(dated).splitlines()[2] == "| train | 4 | 2 | 3 | 25.0% | 2000-01-01 | 2000-01-02 |"
+    numbered = measured(data={"splits": {"train": {**sizes, "first": 0, "last": 3}}})
+    assert card_sections.splits(numbered).splitlines()[2] == "| train | 4 | 2 | 3 | 25.0% |"
+
+
+def test_the_author_speaks() -> None:
+    author = Author(
+        license="mit", contact="ann@example.org", intended_use="Films.", citation="Ann. 2026.", language="fr"
+    )
+    page = card.render(facts(), author, repo_id="ann/films")
+    assert "* Licence of the adapter: mit." in region(page, "summary")
+    assert "* Contact: ann@example.org" in region(page, "summary")
+    assert region(page, "intended_use").strip() == "## Intended use\n\nFilms."
+    assert "Ann. 2026." in region(page, "citation")
+    assert (head(page)["license"], head(page)["language"]) == ("mit", "fr")
+    assert "\n# films\n" in page
+    assert all("'ann/films'" in snippet for snippet in snippets(page))
+
+
+# --- what is not known ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_known_is_not_said() -> None:
+    """Own files, a local base model, no author, no training facts: no key, no section and no word of these."""
+    bare = facts(
+        artifact=about(probes=[]), record=measured(metrics={}, intervals={"adapter": {}}, baselines={}, differences={})
+    )
+    page = card.render(bare)
+    assert set(head(page)) == {"library_name", "pipeline_tag", "tags"}
+    for name in ("intended_use", "files", "results"):
+        assert region(page, name).strip() == "", name
+    assert not re.search(r"^## .*\n+(## |<!--|\Z)", page, flags=re.M), "a heading without a text"
+    assert not re.search(r"\b(None|nan|null|Undefined|needed)\b", page)
+    assert "licence" not in page.lower()
+
+
+def test_a_local_base_model_is_no_hub_id() -> None:
+    page = card.render(facts())
+    assert "base_model" not in head(page)
+    assert "Base model: a local folder, tiny," in page
+    assert head(card.render(facts(), Author(base_model="ns/tiny")))["base_model"] == "ns/tiny"
+    hub = facts(record=measured(model={"hub_id": "tiny"}))
+    assert (head(card.render(hub))["base_model"], head(card.render(hub))["base_model_relation"]) == ("tiny", "adapter")
+
+
+def test_paths_are_cut_to_their_last_part() -> None:
+    warned = measured(warnings=["/home/ann/data/my.csv: no timestamps: rows are taken to be in order of time"])
+    page = card.render(facts(record=warned))
+    assert "/home/ann" not in page
+    assert "ann-laptop" not in page
+    for line in ("interactions: my.csv", "items: films.csv", "name: tiny", "output_dir: mine"):
+        assert re.search(rf"^ *{line}$", region(page, "training"), flags=re.M), line
+    assert "* my.csv: no timestamps: rows are taken to be in order of time." in region(page, "limits")
+
+
+def test_the_recipe_is_word_for_word_otherwise() -> None:
+    text = "# mine\ntask: click\ndata: {name: ml-100k}\noutput_dir: '/tmp/it''s here'  # there\nseed: 013\n"
+    expected = text.replace("'/tmp/it''s here'", "it's here")
+    assert public_recipe(dataclasses.replace(facts(), recipe=text)) == expected
+
+
+@pytest.mark.parametrize("path", ["/a/b", "~/b", "../b", "./b", r"C:\a\b", r"\\host\b", "C:/a/b"])
+def test_paths_that_say_something_of_the_machine(path: str) -> None:
+    assert is_local(path)
+
+
+@pytest.mark.parametrize("name", ["ml-100k", "ns/name", "runs/mine", "ns/name:train", "my.csv"])
+def test_names_that_say_nothing_of_the_machine(name: str) -> None:
+    assert not is_local(name)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"name": "ml-100k"}, ["ml-100k"]),
+        ({"interactions": "ns/films", "like_at": 4}, ["ns/films"]),
+        ({"interactions": "ns/films:train", "like_at": 4}, ["ns/films"]),
+        ({"interactions": "data/films.csv", "like_at": 4}, None),
+        ({"interactions": "films.parquet", "like_at": 4}, None),
+        ({"interactions": "/data/films", "like_at": 4}, None),
+    ],
+)
+def test_only_data_sets_of_the_hub_are_named_in_the_head(data: dict[str, Any], expected: list[str] | None) -> None:
+    assert head(card.render(facts(recipe={**RECIPE, "data": data}))).get("datasets") == expected
+
+
+def test_all_weights_are_no_adapter() -> None:
+    whole = facts(
+        recipe={**RECIPE, "adapter": {"method": "full"}},
+        record=measured(model={"hub_id": "tiny"}, adapter={"method": "full"}),
+    )
+    page = card.render(whole)
+    assert (head(page)["library_name"], head(page)["base_model_relation"]) == ("peftrec", "finetune")
+    assert "PeftModel" not in page
+    assert len(snippets(page)) == 1
+
+
+# --- an author's YAML -------------------------------------------------------------------------------------------------
+
+
+def test_the_authors_file(tmp_path: Path) -> None:
+    path = tmp_path / "author.yaml"
+    path.write_text("license: apache-2.0\ncitation: 2026\n", encoding="utf-8")
+    assert read_author(path) == Author(license="apache-2.0", citation="2026")
+    path.write_text("license: Apache 2.0\nlanguage: English\ncontakt: me\nbase_model: a/b/c\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        read_author(path)
+    assert [line.removeprefix(f"{path}: ") for line in caught.value.problems] == [
+        "contakt: unknown key; did you mean contact?",
+        "license: 'Apache 2.0'; expected a licence as the Hub writes it, such as apache-2.0",
+        "language: 'English'; expected an ISO 639 code, such as en",
+        "base_model: 'a/b/c'; expected a Hub id, such as namespace/name",
+    ]
+    with pytest.raises(ConfigError, match=r"no such file; expected an author's words in YAML"):
+        read_author(tmp_path / "none.yaml")
+
+
+# --- regions ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_authors_edits_survive() -> None:
+    first = card.render(facts())
+    edited = first.replace("\n# mine\n", "\n# Films for people\n\nHello.\n").replace(
+        "<!-- peftrec:use:begin -->", "## A word of mine\n\n| a |\n\n<!-- peftrec:use:begin -->"
+    )
+    edited = edited.replace("library_name: peft\n", "library_name: peft\nthumbnail: films.png\n")
+    edited = edited.replace("0.750 [0.700, 0.800]", "0.999")
+    again = card.render(facts(), existing=edited)
+    assert again != edited
+    assert again.replace("thumbnail: films.png\n", "") == edited.replace("0.999", "0.750 [0.700, 0.800]").replace(
+        "thumbnail: films.png\n", ""
+    )
+    assert head(again)["thumbnail"] == "films.png"
+    assert card.render(facts(), existing=again) == again
+
+
+def test_a_fact_that_is_gone_leaves_the_head() -> None:
+    first = card.render(facts(), Author(license="mit"))
+    assert "license" in head(first)
+    assert "license" not in head(card.render(facts(), existing=first))
+
+
+def test_a_region_that_was_taken_out_stays_out() -> None:
+    first = card.render(facts())
+    without = re.sub(r"<!-- peftrec:prompt:begin -->.*<!-- peftrec:prompt:end -->\n", "", first, flags=re.S)
+    assert without != first
+    assert card.render(facts(), existing=without) == without
+    # One of an earlier template goes, with what it said.
+    older = first + "<!-- peftrec:energy:begin -->\n1 kWh\n<!-- peftrec:energy:end -->\n"
+    assert card.render(facts(), existing=older) == first
+    # One that says nothing is there all the same, so that it can speak later.
+    assert "## Intended use\n\nFilms." in card.render(facts(), Author(intended_use="Films."), existing=first)
+
+
+def test_windows_line_ends_are_read() -> None:
+    first = card.render(facts())
+    assert card.render(facts(), existing=first.replace("\n", "\r\n")) == first
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda page: re.sub(r"<!-- peftrec.*\n", "", page), r"README.md: no line <!-- peftrec:summary:begin -->"),
+        (
+            lambda page: page.replace("<!-- peftrec:data:end -->\n", ""),
+            r"line \d+: <!-- peftrec:prompt:begin -->; expected",
+        ),
+        (
+            lambda page: page.replace("<!-- peftrec:data:begin -->\n", ""),
+            r"peftrec:data:end -->; expected the beginning",
+        ),
+        (lambda page: page.replace("<!-- peftrec:citation:end -->\n", ""), r"no <!-- peftrec:citation:end -->"),
+        (lambda page: page + page.partition("# mine\n")[2], r"peftrec:summary:begin --> for the second time"),
+        (lambda page: page.replace("---\n", "---\n: [\n", 1), r"its head is not YAML"),
+        (lambda page: "---\n- a\n---\n" + page.split("---\n", 2)[2], r"its head is not a mapping"),
+    ],
+)
+def test_a_broken_card_is_refused(change: Any, message: str) -> None:
+    broken = change(card.render(facts()))
+    with pytest.raises(DataError, match=message) as caught:
+        card.render(facts(), existing=broken)
+    assert "\n" not in str(caught.value)
+
+
+def test_card_of_keeps_what_is_in_the_folder(tmp_path: Path) -> None:
+    from peftrec import artifact
+
+    run = tmp_path / "mine"
+    (run / "adapter").mkdir(parents=True)
+    (run / "config.yaml").write_text(facts().recipe, encoding="utf-8")
+    record.write_record(run, measured())
+    artifact.write(run / "adapter", about(), None)
+    page = card.card_of(run)
+    assert re.search(r"^\| peftrec.json \| [\d,]+ \| [0-9a-f]{64} \|$", region(page, "files"), flags=re.M)
+    path = run / "adapter" / "README.md"
+    path.write_text(page.replace("# mine", "# Mine"), encoding="utf-8")
+    assert "\n# Mine\n" in card.card_of(run)
+    path.write_text("# Something else\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"README.md: no line"):
+        card.card_of(run)
+    (run / "config.yaml").unlink()
+    with pytest.raises(DataError, match=r"config.yaml: cannot be read"):
+        read_facts(run)
+
+
+# --- hostile text -----------------------------------------------------------------------------------------------------
+
+
+def hostile(text: str, task: str = "click") -> Facts:
+    prompt = dataclasses.replace(about().prompt, header=text, example=text, user=None)
+    base = dataclasses.replace(about().base_model, name=text, note=text, license=text)
+    named = about(
+        prompt=prompt,
+        base_model=base,
+        data=Source(name=text, sha256="a" * 64),
+        probes=[Probe([(text, 1), (text, 0)], text, 0.5)] * 2,
+    )
+    return facts(
+        name=text,
+        artifact=named,
+        files=(File(text, 1, "a" * 64),),
+        record=measured(warnings=[text], hardware={"cpu": text}),
+    )
+
+
+def test_hostile_titles_break_nothing() -> None:
+    plain, page = card.render(hostile("x")), card.render(hostile(NASTY))
+    names = [name for name, _ in card_text.regions(plain, "page")]
+    assert [name for name, _ in card_text.regions(page, "page")] == names
+    assert [len(block) for block in tables(page)] == [len(block) for block in tables(plain)]
+    for block in tables(page):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block}) == 1, block
+    prose = re.sub(r"^(`{3,}).*?^\1$", "", page, flags=re.M | re.S)
+    assert prose.count("\n## ") == re.sub(r"^(`{3,}).*?^\1$", "", plain, flags=re.M | re.S).count("\n## ")
+    body = "".join(re.sub(r"`[^`]*`", "", prose.split("---\n", 2)[2]))
+    assert "<b>" not in body
+    assert "](y)" not in body.replace("\\](y)", "")
+    assert ModelCard(page).data.model_name
+    for snippet in snippets(page):
+        compile(snippet, "card", "exec")
+    assert card.render(hostile(NASTY), existing=page) == page
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_any_text_stays_where_it_is_put(text: str) -> None:
+    shown = card_text.inline(text)
+    assert len(f"{shown}.".splitlines()) == 1
+    assert not re.search(r"[<>]|(?<!\\)(\\\\)*[|`*\[\]]", shown)
+    assert eval(card_text.literal([text])) == [text]
+    assert "<!--" not in card_text.literal(text)
+    block = card_text.fenced(text, "text").splitlines()
+    fence = block[-1]
+    assert block[0] == f"{fence}text"
+    assert not any(line.startswith(fence) for line in block[1:-1])
+
+
+def test_text_by_hand() -> None:
+    assert card_text.inline("a|b\n<c> & `d`") == r"a\|b &lt;c&gt; &amp; \`d\`"
+    assert card_text.code("a`b") == "``a`b``"
+    assert card_text.code("`") == "`` ` ``"
+    assert card_text.fenced("```\nx\n", "text") == "````text\n```\nx\n````"
+    assert card_text.literal("<!-- it's") == '"<!\\x2d- it\'s"'
+
+
+# --- snippets ---------------------------------------------------------------------------------------------------------
+
+CASES: dict[str, tuple[str, str, str, str]] = {
+    "tokens": ("llama", "click", "tokens", "timeline"),
+    "ratings": ("llama", "rating", "tokens", "timeline"),
+    "linear": ("llama", "rating", "linear", "timeline"),
+    "encoder": ("bert", "click", "classifier", "pointwise"),
+}
+
+
+def saved(folder: Path, base: Path, task: str, head: str, layout: str) -> Facts:
+    """A random adapter in `folder`, on the base model that lies in it as `tiny`, and its facts."""
+    import torch
+
+    from peftrec import adapters, artifact, backbone, encode, scorer
+    from peftrec.prompts import WholeText
+    from peftrec.recommender import Recommender
+    from peftrec.target import Target
+
+    (folder / "tiny").symlink_to(base)
+    scale = (0.0, 1.0) if task == "click" else (1.0, 2.0, 3.0)
+    offset = (0.0, 0.5, 0.25)[: 1 if head == "linear" else len(scale)] if task == "rating" else (0.0, 0.0)
+    offset = (2.0,) if head == "linear" else offset
+    target = Target(task, head, "squared_error" if head == "linear" else "cross_entropy", scale, offset)  # type: ignore[arg-type]
+    recipe = {
+        "task": task,
+        "data": {"interactions": "my.csv", "like_at": 2} if task == "click" else {"interactions": "my.csv"},
+        "prompt": {"layout": layout, "max_tokens": 512},
+        "model": {"name": str(base), "dtype": "float32"},
+        "score": {"head": head},
+        "output_dir": "x",
+    }
+    parsed = config.parse_recipe(recipe, "test")
+    loaded = backbone.load(parsed.model, target)
+    answers = [" no", " yes"] if task == "click" else ["1", "2", "3"]
+    codec = encode.new_codec(loaded.tokenizer, "They rated:\n", answers, loaded.kind)
+    model = adapters.attach(
+        scorer.with_head(loaded.model, target.head, codec.answers), config.Adapter(r=4), base_name="tiny", seed=1
+    )
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # all that is trained starts at zero somewhere: then nothing would be tested
+            parameter.data.normal_(std=0.3)
+    adapters.save(model, folder)
+    loaded.tokenizer.save_pretrained(folder)
+    probe = Probe([("Heat (1995)", 1), ("Toy Story (1995)", 0)], "What's Up, Doc? (1972)", 0.0)
+    described = artifact.describe(
+        parsed,
+        codec,
+        loaded.base,
+        target,
+        data_name="my.csv",
+        data_sha256="0",
+        like_at=None,
+        max_item_tokens=32,
+        example=(probe.history, probe.candidate),
+        template=codec.completed(None) if isinstance(codec, WholeText) else None,
+    )
+    named = dataclasses.replace(described.base_model, name="tiny", hub_id="tiny")
+    described = dataclasses.replace(described, base_model=named)
+    artifact.write(folder, described, None)
+    asked = Recommender.from_pretrained(folder, base_model=base, dtype="float32")
+    told = [(text, answers[label]) for text, label in probe.history]
+    (score,) = asked.score(told, [probe.candidate])
+    described = dataclasses.replace(described, probes=[dataclasses.replace(probe, score=float(score))])
+    return facts(recipe=recipe, artifact=described, record=measured(task=task, model={"hub_id": str(base)}, **EMPTY))
+
+
+EMPTY: dict[str, Any] = {
+    "metrics": {},
+    "intervals": {"adapter": {}},
+    "baselines": {},
+    "differences": {},
+    "slices": {"all": {"rows": 0, "users": 0, "positives": 0, "mean_rating": None}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_snippets_give_the_recorded_score(
+    case: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are run word for word in the card's folder, with the base model beside them."""
+    kind, task, head_, layout = CASES[case]
+    found = saved(tmp_path, request.getfixturevalue(f"tiny_{kind}_folder"), task, head_, layout)
+    (probe,) = found.artifact.probes
+    assert abs(probe.score) > 0.01
+    monkeypatch.chdir(tmp_path)
+    with_peftrec, plain = snippets(card.render(found))
+    printed = []
+    for snippet in (with_peftrec, plain):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(snippet, "card", "exec"), {})
+        printed.append(out.getvalue())
+    scores, best = printed[0].splitlines()
+    assert float(scores.strip("[]")) == pytest.approx(probe.score, abs=1e-4)
+    assert best.startswith("What's Up, Doc? (1972) ")
+    assert float(printed[1]) == pytest.approx(probe.score, abs=1e-4)
+    assert f"# recorded: {probe.score:.4f}" in plain
+
+
+def test_rendering_loads_no_torch_and_reads_no_network() -> None:
+    code = (
+        "import socket, sys\n"
+        "def refuse(*_): raise AssertionError('network')\n"
+        "socket.socket.connect = refuse\n"
+        "from pathlib import Path\n"
+        "from peftrec.card import render\n"
+        "from peftrec.card_facts import read_facts\n"
+        f"render(read_facts(Path({str(CARDS / SHIPPED[0])!r})))\n"
+        "print(*sorted({'torch', 'transformers', 'peft'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CARDS.parent)
+    assert done.stdout.split() == []

@@ -6,8 +6,8 @@
         hub.files("me/films")
 
 State lives in memory: repositories with commits, branches, tags and pull requests, and one store of large files. A
-commit happens whole under one lock or not at all. Large files travel as Git LFS does; the Xet protocol is not spoken, so
-that a client that has it must be told not to use it.
+commit happens whole under one lock or not at all. Large files travel as Git LFS does; the Xet protocol is not spoken:
+a client that has it must be told not to use it.
 """
 
 from __future__ import annotations

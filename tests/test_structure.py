@@ -39,6 +39,9 @@ ORDER = (
     "opponents",
     "target",
     "artifact",
+    "contents",
+    "folders",
+    "hub",
     "catalogue",
     "timeline",
     "encode",
@@ -62,6 +65,7 @@ ORDER = (
     "figures",
     "report",
     "recommender",
+    "reload",
     "cli",
     "__main__",
 )

@@ -40,6 +40,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -523,7 +524,8 @@ def _warnings_told(repo_id: str) -> Iterator[None]:
         warnings.simplefilter("always")
         yield
     for one in caught:
-        _tell(f"{repo_id}: {_line(one.message)}")
+        if one.category is UserWarning:  # others are not for who pushes
+            _tell(f"{repo_id}: {_line(one.message)}")
 
 
 def _again(repo_id: str, action: Callable[[], T]) -> T:
@@ -583,6 +585,9 @@ def _explain(error: BaseException) -> str:
         return "HF_HUB_OFFLINE is set; expected a connection to the Hub; unset it"
     if isinstance(error, HFValidationError):
         return f"{_line(error)}; expected namespace/name"
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"the Hub must know who asks; {log_in}"
     if type(error) is ValueError:  # the card's metadata, or an argument
         return _line(error)
     if isinstance(error, RevisionNotFoundError):
@@ -592,11 +597,10 @@ def _explain(error: BaseException) -> str:
         status = answered.response.status_code
         if isinstance(answered, RepositoryNotFoundError):
             return (
-                f"no such repository, or not for who asks (HTTP {status}); check the name; for a private one log in "
-                "with `hf auth login`, or set HF_TOKEN"
+                f"no such repository, or not for who asks (HTTP {status}); check the name; for a private one {log_in}"
             )
         if status == 401:
-            return "the Hub does not know who asks (HTTP 401); log in with `hf auth login`, or set HF_TOKEN"
+            return f"the Hub does not know who asks (HTTP 401); {log_in}"
         if status == 403:
             return "not allowed (HTTP 403); use a token that may write there, or another namespace"
         text = answered.server_message or _line(answered)

@@ -14,8 +14,9 @@ from pathlib import Path
 import polars as pl
 
 from peftrec import artifact, config
+from peftrec.catalogue import Item
 from peftrec.errors import as_one_line
-from peftrec.recommender import Recommender
+from peftrec.recommender import Event, Recommender
 
 
 def scores(folder: str | Path, base_model: str | Path | None = None) -> list[float]:
@@ -29,16 +30,20 @@ def scores(folder: str | Path, base_model: str | Path | None = None) -> list[flo
         PeftrecError: the adapter or its base model cannot be loaded.
     """
     about = artifact.read(folder)
-    # The probes hold texts: no items table has to be there, or to be fetched.
+    # The probes hold texts as the model reads them: no items table has to be there, or to be fetched.
     names = dict.fromkeys(["item_id", *config.placeholders(about.prompt.item)])
     empty = pl.DataFrame(schema=dict.fromkeys(names, pl.String))
     recommender = Recommender.from_pretrained(folder, items=empty, base_model=base_model, dtype="float32", prior=False)
     found = []
     for probe in about.probes:
-        history = [(text, about.prompt.answers[answer]) for text, answer in probe.history]
-        (score,) = recommender.score(history, [probe.candidate])
+        events = [Event(_item(text), answer) for text, answer in probe.history]
+        (score,) = recommender._score_items(events, [_item(probe.candidate)], user="")
         found.append(float(score))
     return found
+
+
+def _item(text: str) -> Item:
+    return Item(text, None, None, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

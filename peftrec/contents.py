@@ -150,12 +150,8 @@ def list_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
                 continue
             problem = check_path(path) or _check_link(path, file, whole)
             if problem is None and kind_of(path) is None:
-                problem = (
-                    f"{path}: no file of an adapter; expected safetensors, JSON, Markdown, PNG and tokenizer files"
-                )
-                problem += (
-                    "; remove it" if not PICKLES.search(path) else " and no pickle, which can run code; remove it"
-                )
+                what = "a format that can run code" if PICKLES.search(path) else "not a file of an adapter"
+                problem = f"{path}: {what}; expected safetensors, JSON, Markdown, PNG, tokenizer files; remove it"
             if problem:
                 problems.append(problem)
             else:

@@ -110,7 +110,15 @@ class _File:
 
     def equals(self, there: RepoFile) -> bool:
         """Whether the Hub holds the same bytes: it keeps the sha256 of large files and git's hash of others."""
-        return self.sha256 == there.lfs.sha256 if there.lfs else self.git == there.blob_id
+        if there.lfs:
+            return self.sha256 == there.lfs.sha256
+        # The client's cache forgets which files are large; of those git's hash is that of a pointer.
+        return there.blob_id in (self.git, self._pointer)
+
+    @property
+    def _pointer(self) -> str:
+        text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n".encode()
+        return hashlib.sha1(b"blob %d\0" % len(text) + text, usedforsecurity=False).hexdigest()
 
 
 def push(

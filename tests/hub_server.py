@@ -287,7 +287,9 @@ def _create(request: Request) -> Reply:
     if owner != user:
         raise Refusal(403, f"You don't have the rights to create a model under the namespace {owner}")
     if repo_id in request.hub.repos:
-        raise Refusal(409, "You already created this model repo")
+        refusal = Refusal(409, "You already created this model repo")
+        refusal.reply.body["url"] = f"{request.hub.url}/{repo_id}"  # which the client then takes
+        raise refusal
     request.hub.create(repo_id, wanted.get("visibility") == "private")
     return Reply(body={"url": f"{request.hub.url}/{repo_id}", "name": repo_id, "id": repo_id})
 
@@ -502,6 +504,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body of an answer are two writes: else the second waits for 40 ms
     server: _Server
     no_fault: ClassVar[Fault] = Fault("")
 

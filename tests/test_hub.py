@@ -224,7 +224,7 @@ print(hub.pull("me/films"))
     assert Path(folder).is_relative_to(tmp_path / "home")
     server.log.clear()
     offline = run("pull", HF_HUB_OFFLINE="1")
-    assert (offline.stdout.strip(), server.log) == (folder, [])
+    assert (offline.stdout.strip(), server.log) == (folder, []), offline.stderr
     elsewhere = run("pull", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "other"))
     assert "main was not pulled here before, and HF_HUB_OFFLINE is set; unset it" in elsewhere.stderr
     refused = run("push", HF_HUB_OFFLINE="1")
@@ -251,7 +251,7 @@ def test_nothing_is_sent_if_the_adapter_does_not_load_back(server: HubServer, ad
     with pytest.raises(HubError, match="adapter: off"):
         send(adapter, reload_check=refuse)
     (adapter / "trained.pt").write_bytes(b"\x80")
-    with pytest.raises(HubError, match=r"trained.pt: a format that can run code"):
+    with pytest.raises(HubError, match=r"trained\.pt: a format that can run code"):
         send(adapter)
     assert (server.repos, [line for line in server.log if "agent" not in line]) == ({}, [])
 
@@ -262,7 +262,7 @@ def test_a_card_that_the_hub_refuses(server: HubServer, adapter: Path, capsys: p
         send(adapter)
     assert not server.repos
     (adapter / "README.md").write_text("---\nlicense: mit\n? x\n: y\n---\n")  # YAML, but not to this Hub's taste
-    with pytest.raises(HubError, match=r"^me/films: Invalid metadata in README.md. - bad indentation .*: \? x$"):
+    with pytest.raises(HubError, match=r"^me/films: Invalid metadata in README.md. - bad indentation .*: \? x [^\n]*$"):
         send(adapter)
     assert server.files(REPO) == {}
     (adapter / "README.md").write_text("# Films\n")
@@ -299,11 +299,11 @@ def test_every_step_is_tried_again(
     server: HubServer,
     adapter: Path,
     slept: list[float],
-    capfd: pytest.CaptureFixture[str],
     step: str,
     fault: dict[str, Any],
 ) -> None:
-    server.fail(STEPS[step], times=2, **fault)
+    once = (step, fault) == ("commit", {"lose_answer": True})  # what was done is not asked for again
+    server.fail(STEPS[step], times=1 if once else 2, **fault)
     done = send(adapter)
     assert server.faults == []
     assert done.changed
@@ -311,9 +311,7 @@ def test_every_step_is_tried_again(
     assert server.commits(REPO)[1:] == ["initial commit"]  # one commit, also where the answer to it was lost
     if fault.get("status") == 429:
         assert min(slept) >= 7
-    # 503 on a download that is then found in... is told by the client or by us, but told.
-    told = capfd.readouterr().err
-    assert "trying again" in told or slept
+    assert slept
 
 
 @pytest.mark.parametrize("fault", [{"status": 503}, {"cut_request": 50}], ids=["503", "cut"])

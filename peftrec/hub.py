@@ -13,6 +13,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,8 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each further attempt, where the Hub does not say how long."""
 LONGEST_WAIT = 300.0
 TRANSIENT = (408, 425, 429)
+XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})")
+"""In the words of hf_xet, which wraps every answer in a ConnectionError."""
 HTTP_ERROR: type[Exception] = client_errors.HTTPError  # type: ignore[attr-defined]
 """Root of what the client's HTTP library raises, whichever that is."""
 FAILURES = (HTTP_ERROR, OSError, RuntimeError, ValueError)
@@ -555,13 +558,20 @@ def _seconds_to_wait(error: BaseException) -> float | None:
     """How long the Hub asks to wait, 0 where it does not say; None where waiting does not help."""
     for one in _chain(error):
         if isinstance(one, HfHubHTTPError):
-            status = one.response.status_code
             after = one.response.headers.get("Retry-After", "")
-            return (float(after) if after.isdigit() else 0.0) if status in TRANSIENT or status >= 500 else None
+            return (float(after) if after.isdigit() else 0.0) if _passes(one.response.status_code) else None
+        if isinstance(one, (ConnectionError, TimeoutError)) and not isinstance(one, OfflineModeIsEnabled):
+            found = XET_STATUS.search(str(one))
+            return 0.0 if found is None or _passes(int(found[1])) else None
         lost = isinstance(one, HTTP_ERROR) or (type(one) is OSError and one.errno is None)  # the latter: cut short
         if lost or isinstance(one, json.JSONDecodeError):
             return 0.0
     return None
+
+
+def _passes(status: int) -> bool:
+    """Whether an answer may be another one later."""
+    return status in TRANSIENT or status >= 500
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -615,6 +625,8 @@ def _explain(error: BaseException) -> str:
         return f"the Hub answers HTTP {status} ({_line(text)})" + (
             "; try again later" if _seconds_to_wait(error) is not None else ""
         )
+    if "/xet-" in str(error):
+        return f"{_line(error)}; for a Hub without Xet set HF_HUB_DISABLE_XET=1"
     if _seconds_to_wait(error) is not None:
         return f"{_reason(error)}; expected a connection to the Hub; check the network and HF_ENDPOINT, and try again"
     return _line(error)

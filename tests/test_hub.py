@@ -255,7 +255,7 @@ def test_nothing_is_sent_if_the_adapter_does_not_load_back(server: HubServer, ad
     (adapter / "trained.pt").write_bytes(b"\x80")
     with pytest.raises(HubError, match=r"trained\.pt: a format that can run code"):
         send(adapter)
-    assert (server.repos, [line for line in server.log if "agent" not in line]) == ({}, [])
+    assert (server.repos, [line for line in server.log if "harnesses" not in line]) == ({}, [])
 
 
 def test_a_card_that_the_hub_refuses(server: HubServer, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

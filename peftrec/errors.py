@@ -4,7 +4,8 @@
     ├── ConfigError      the recipe: unknown keys, wrong types, values that cannot work together
     ├── DataError        the user's tables: missing columns, values out of range, nothing left to learn from
     ├── AssetError       things fetched: not found, download failed, wrong hash
-    └── ModelError       the base model, its tokenizer or an adapter: cannot be loaded or does not fit
+    ├── ModelError       the base model, its tokenizer or an adapter: cannot be loaded or does not fit
+    └── HubError         a folder that may not be published or trusted, or a Hub that does not do what was asked
 
 Each message is one line that reads *where: what was found; what was expected; what to do*. The command line prints
 it without a traceback and exits with 2.
@@ -39,6 +40,14 @@ class AssetError(PeftrecError):
 
 class ModelError(PeftrecError):
     """A base model, tokenizer or adapter that cannot be used as asked."""
+
+
+class HubError(PeftrecError):
+    """What cannot be pushed or pulled. `problems` holds one line for each reason; the message joins them."""
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
 
 
 @contextmanager

@@ -39,6 +39,9 @@ ORDER = (
     "opponents",
     "target",
     "artifact",
+    "contents",
+    "folders",
+    "hub",
     "catalogue",
     "timeline",
     "encode",
@@ -68,6 +71,7 @@ ORDER = (
     "card_sections",
     "card",
     "recommender",
+    "reload",
     "cli",
     "__main__",
 )

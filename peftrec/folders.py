@@ -1,0 +1,98 @@
+"""Replacing a folder by another: who looks sees the old one or the new one."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from peftrec import artifact
+from peftrec.contents import list_files
+from peftrec.errors import HubError
+
+_EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+
+
+def replace(target: Path, files: Mapping[str, Path], hashes: Mapping[str, str]) -> bool:
+    """Make `target` hold copies of `files`, and nothing else.
+
+    Args:
+        target: a folder with an adapter, an empty one, or none.
+        files: path inside the folder -> file.
+        hashes: path inside the folder -> sha256 that the copy must have.
+
+    Returns:
+        Whether anything was written: False where the folder held the same already.
+
+    Raises:
+        HubError: the folder holds other things, or cannot be written.
+    """
+    try:
+        if _holds(target, hashes):
+            return False
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target, hence on the same filesystem: a rename is atomic only there.
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+            new = Path(scratch) / "new"
+            for path, file in files.items():
+                copy = new / path
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+                with copy.open("rb+") as written:
+                    os.fsync(written.fileno())
+                if _sha256(copy) != hashes[path]:
+                    raise HubError(f"{file}: changed while it was copied; nothing was published: push again")
+            _swap(new, target)
+    except OSError as error:
+        raise HubError(f"{target}: cannot be written ({error.strerror or error}); choose another folder") from error
+    return True
+
+
+def _holds(target: Path, hashes: Mapping[str, str]) -> bool:
+    """Whether `target` is the same already; refuses what is not an adapter's folder."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise HubError(f"{target}: not a folder; expected one, or none; choose another")
+    if not target.exists() or not any(target.iterdir()):
+        return False
+    found, others = list_files(target)
+    if artifact.FILE not in found or others:
+        what = others[0].partition(":")[0] if others else f"no {artifact.FILE}"
+        raise HubError(f"{target}: holds other things than an adapter ({what}); choose another folder")
+    return found.keys() == hashes.keys() and all(_sha256(file) == hashes[path] for path, file in found.items())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _swap(new: Path, target: Path) -> None:
+    if not target.exists():
+        new.replace(target)
+    elif not _exchange(new, target):
+        old = new.with_name("old")
+        target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+
+
+def _exchange(new: Path, target: Path) -> bool:
+    """Let two folders change names in one step, where the system can."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(call(_HERE, os.fsencode(new), _HERE, os.fsencode(target), _EXCHANGE) == 0)

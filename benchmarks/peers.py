@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument(
         "--asked",
         type=int,
-        default=20,
+        default=15,
         help=f"candidates that a peer is asked; its time is for {CANDIDATES}, in proportion",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

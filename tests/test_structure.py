@@ -72,6 +72,8 @@ ORDER = (
     "card",
     "recommender",
     "reload",
+    "space_app",
+    "space",
     "cli",
     "__main__",
 )

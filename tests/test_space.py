@@ -26,6 +26,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
+from hub_server import WRITE, HubServer
 from huggingface_hub import SpaceCard
 
 from peftrec import Recommender, adapters, artifact, backbone, cli, config, encode, record, scorer, space
@@ -47,7 +48,7 @@ def recommender_of(log: Any, base: Path, target: Target, **prompt: Any) -> tuple
     values = {
         "task": target.task,
         "data": {"interactions": "/home/ann/clicks.csv", "items": "/home/ann/films.csv"},
-        "prompt": {"max_tokens": 200, **prompt},
+        "prompt": {"max_tokens": 200, **({} if "layout" in prompt else {"overlap": 64}), **prompt},
         "model": {"name": str(base), "dtype": "float32"},
         "score": {"head": target.head},
         "output_dir": "x",
@@ -90,8 +91,8 @@ def run(tiny_llama_folder: Path, make_random_log: Callable[..., Any], tmp_path_f
     made.codec.tokenizer.save_pretrained(adapter)
     artifact.write(adapter, made.artifact, Prior(0.4, {"3": 0.9, "4": -0.7, "5": 0.1}, 3.0))
     (folder / "films" / "config.yaml").write_text(config.dump_recipe(recipe))
-    facts: dict[str, Any] = dict.fromkeys(("metrics", "intervals", "differences", "baselines", "slices"), {})
-    facts |= dict.fromkeys(("data", "prompt", "adapter", "train", "eval", "hardware"), {})
+    empty = "metrics intervals differences baselines slices data prompt adapter train eval hardware"
+    facts: dict[str, Any] = {name: {} for name in empty.split()}
     model = {"hub_id": str(tiny_llama_folder)}
     record.write_record(
         folder / "films", record.RunRecord(task="click", seed=13, model=model, versions=record.versions(), **facts)
@@ -194,10 +195,12 @@ def test_the_archive_is_the_package(run: Path, tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {str(archive)!r})\n"
         "import importlib.metadata as m, peftrec, peftrec.recommender, peftrec.card\n"
         "peftrec.card._template()\n"
-        "print(peftrec.__file__, peftrec.__version__, m.distribution('peftrec').read_text('licenses/LICENSE')[:40].split()[0])"
+        "licence = m.distribution('peftrec').read_text('licenses/LICENSE') or ''\n"
+        "print(peftrec.__file__, peftrec.__version__, len(licence))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert done.stdout.split() == [str(archive / "peftrec" / "__init__.py"), metadata.version("peftrec"), "Apache"]
+    licence = str(len(metadata.distribution("peftrec").read_text("licenses/LICENSE") or ""))
+    assert done.stdout.split() == [str(archive / "peftrec" / "__init__.py"), metadata.version("peftrec"), licence]
     again = space.write(run, tmp_path / "s2", base_model="me/tiny").folder / archive.name
     assert again.read_bytes() == archive.read_bytes()  # so that an upload of the same is no change
 
@@ -251,6 +254,32 @@ def test_a_folder_is_written_over_on_demand_and_keeps_what_is_not_ours(run: Path
     assert names > {".git", "notes.txt", "app.py"}
     assert names.isdisjoint({"items.parquet", "adapter"})  # of the earlier one
     assert "edited" not in (target / "app.py").read_text()
+
+
+def test_the_documented_commands_publish_it(run: Path, tmp_path: Path) -> None:
+    folder = space.write(run, tmp_path / "films-space", base_model="me/tiny").folder
+    page = (ROOT / "docs" / "plug-in" / "space.md").read_text()
+    commands = [line.split()[1:] for line in page.splitlines() if re.match(r"hf (repos|upload) ", line)]
+    assert [words[0] for words in commands] == ["repos", "upload"]
+    with HubServer() as hub:
+        changes = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        for words in commands:
+            done = subprocess.run(
+                [sys.executable, "-m", "huggingface_hub.cli.hf", *words],
+                capture_output=True,
+                text=True,
+                cwd=tmp_path,
+                env={**os.environ, **changes, "HF_HOME": str(tmp_path / "home")},
+                timeout=300,
+                check=False,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+        assert hub.repos["me/films-space"].private
+        assert len(hub.commits("me/films-space")) == 2  # the Hub's first one, and one with everything
+        published = hub.files("me/films-space")
+    assert published == {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -490,26 +519,91 @@ def browser() -> Iterator[Any]:
         opened.quit()
 
 
-def named(browser: Any, name: str) -> Any:
-    """The visible control of this accessible name, once it is there."""
-    from selenium.webdriver.common.by import By
+def wait(browser: Any, found: Callable[[Any], Any]) -> Any:
+    """What `found` returns, once it is anything; the page is drawn anew while one looks at it."""
+    from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, 120, ignored_exceptions=[StaleElementReferenceException]).until(found)
+
+
+def named(browser: Any, name: str) -> Any:
+    """The control on the page with this accessible name."""
 
     def find(driver: Any) -> Any:
-        controls = driver.find_elements(By.CSS_SELECTOR, "input, textarea, button")
+        controls = driver.find_elements("css selector", "input, textarea, button")
         return next((one for one in controls if one.is_displayed() and one.accessible_name.startswith(name)), None)
 
-    return WebDriverWait(browser, 60, ignored_exceptions=STALE()).until(find)
+    return wait(browser, find)
 
 
-def STALE() -> tuple[type[Exception], ...]:  # noqa: N802
-    from selenium.common.exceptions import StaleElementReferenceException
+def table(browser: Any) -> list[list[str]]:
+    rows = browser.find_elements("css selector", ".rated tbody tr")
+    return [[cell.text for cell in row.find_elements("tag name", "td")] for row in rows]
 
-    return (StaleElementReferenceException,)
+
+def test_clicks_through_the_page(browser: Any, url: str, recommender: Recommender) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get(url)
+    assert named(browser, "Title").aria_role == "combobox"
+    assert browser.title == "Films & more"
+    controls = browser.find_elements("css selector", "input, textarea, button")
+    assert all(one.accessible_name for one in controls if one.is_displayed())
+    for line in HISTORY[:2]:
+        title, _, answer = line.rpartition(":")
+        named(browser, "Title").send_keys(title, Keys.TAB)  # typed, not clicked
+        named(browser, answer).send_keys(Keys.SPACE)
+        named(browser, "Add to the history").send_keys(Keys.ENTER)
+        wait(browser, lambda _, line=line: line.replace(":", ": ") in named(browser, "History").get_attribute("value"))
+    assert named(browser, "History").get_attribute("value") == "Film 1: yes\nFilm 2: no"
+    named(browser, "History").send_keys("\n" + HISTORY[2])
+    named(browser, "Candidates").send_keys("\n".join(CANDIDATES))
+    named(browser, "Rate").click()
+    wait(browser, table)
+    assert table(browser) == expected(recommender, HISTORY, CANDIDATES)
+    assert "read as typed: <b>Heat</b>" in browser.find_element("css selector", ".rated [role=status]").text
+
+    named(browser, "History").send_keys("\nFilm 5")
+    named(browser, "Rate").click()
+    (alert,) = wait(browser, lambda driver: driver.find_elements("css selector", ".rated [role=alert]"))
+    assert alert.text.startswith("history[3]: 'Film 5' has no answer behind a colon; expected 'title:yes'")
+    assert table(browser) == []
+
+    named(browser, "Fill in an example").click()
+    wait(browser, lambda _: named(browser, "History").get_attribute("value") == "Film 3: no\nFilm: 12: yes")
+    assert [one for one in browser.get_log("browser") if one["level"] == "SEVERE"] == []
 
 
-def shown(browser: Any, selector: str) -> Any:
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import WebDriverWait
+@pytest.mark.parametrize("look", ["light", "dark"])
+def test_the_page_on_a_phone(browser: Any, url: str, look: str) -> None:
+    def ask(command: str, **given: Any) -> None:
+        browser.execute_cdp_cmd(f"Emulation.{command}", given)
 
-    return WebDriverWait(browser, 60).until(lambda driver: driver.find_elements(By.CSS_SELECTOR, selector))
+    ask("setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
+    ask("setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": look}])
+    try:
+        browser.get(url)
+        named(browser, "Candidates").send_keys("Film 1\n" + "Film" * 100)
+        named(browser, "Rate").click()
+        wait(browser, table)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+        script = "return getComputedStyle(document.querySelector(arguments[0])).getPropertyValue(arguments[1])"
+        paper, ink = (
+            sum(map(int, re.findall(r"\d+", browser.execute_script(script, *of))[:3]))
+            for of in (("body", "background-color"), (".rated td", "color"))
+        )
+        assert (paper < ink) is (look == "dark")
+        assert abs(paper - ink) > 400
+    finally:
+        ask("clearDeviceMetricsOverride")
+        ask("setEmulatedMedia", features=[])
+
+
+def test_the_page_asks_nobody_else(browser: Any, url: str) -> None:
+    """Over all that the tests above did."""
+    sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = {one["params"]["request"]["url"] for one in sent if one["method"] == "Network.requestWillBeSent"}
+    pages = {one for one in asked if one.startswith(("http:", "https:", "ws:", "wss:"))}
+    assert any("gradio_api" in one for one in pages)
+    assert {one for one in pages if not one.startswith(f"{url}/")} == set()

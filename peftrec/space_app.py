@@ -33,7 +33,13 @@ MOST_CHOICES = 20_000  # titles that the page carries to pick from; beyond that 
 MOST_SHOWN = 100
 BETWEEN = "---"  # a line between two records
 
-THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+THEME = gr.themes.Default(
+    primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+).set(  # Gradio's own are too pale to read
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+    button_primary_background_fill_hover="*primary_700",
+)
 CSS = """
 body.dark { color-scheme: dark; }
 .rated table { width: 100%; border-collapse: collapse; }

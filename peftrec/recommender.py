@@ -173,7 +173,7 @@ class Recommender:
         Raises:
             DataError: an entry that cannot be read, or an item id that is not in the items table.
         """
-        if self._own_prompts:
+        if self.own_prompts:
             return self._score_records(history, candidates)
         return self._score_items(self.events(history), self._find(candidates), self._about(user))
 
@@ -209,7 +209,7 @@ class Recommender:
         """
         if k < 1:
             raise DataError(f"k: {k}; expected a whole number from 1")
-        if self._own_prompts:
+        if self.own_prompts:
             if candidates is None:
                 raise DataError("candidates: none given; this adapter was trained on ready-made prompts: give some")
             scores = self._score_records(history, candidates)
@@ -333,7 +333,7 @@ class Recommender:
         return outputs[np.argsort(rows)]
 
     @property
-    def _own_prompts(self) -> bool:
+    def own_prompts(self) -> bool:
         """Whether the adapter was trained on ready-made prompts, which know neither items nor histories."""
         return self.prompt.template is not None and "item" not in config.placeholders(self.prompt.template)
 

@@ -73,6 +73,8 @@ ORDER = (
     "card",
     "recommender",
     "reload",
+    "space_app",
+    "space",
     "cli",
     "__main__",
 )

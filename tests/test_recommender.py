@@ -98,7 +98,11 @@ def recommender(load: Callable[..., Recommender]) -> Recommender:
 def reshaped(recommender: Recommender, **prompt: Any) -> Recommender:
     """The same model under another prompt."""
     about = dataclasses.replace(recommender.artifact, prompt=dataclasses.replace(recommender.artifact.prompt, **prompt))
-    return Recommender(about, recommender.model, recommender.codec.tokenizer, items=recommender.catalogue.items)
+    return Recommender(about, recommender.model, codec_of(recommender).tokenizer, items=recommender.catalogue.items)
+
+
+def codec_of(recommender: Recommender) -> Any:
+    return recommender.adapters["default"].codec
 
 
 # --- what is understood -----------------------------------------------------------------------------------------------
@@ -276,7 +280,7 @@ def test_a_template_reads_in_service_as_in_training(
     log = make_random_log(2, users=2, events=8, moments=30)
     log = dataclasses.replace(log, items=log.items.with_columns(title=pl.Series([*titles[:-1], "Film <s> 12 " * 20])))
     prompt = config.Prompt(layout="pointwise", template=template, max_tokens=max_tokens)
-    encoder = encode.Encoder(log, prompt, recommender.codec.tokenizer, "order")
+    encoder = encode.Encoder(log, prompt, codec_of(recommender).tokenizer, "order")
     rows = np.flatnonzero(log.split == 2)
     data = encoder.evaluate(rows, "streaming", None)
     asked, outputs = scorer.score_rows(recommender.model, data, range(len(data)))
@@ -293,7 +297,7 @@ def test_a_template_reads_in_service_as_in_training(
     single = Recommender(
         dataclasses.replace(recommender.artifact, prompt=about),
         recommender.model,
-        recommender.codec.tokenizer,
+        codec_of(recommender).tokenizer,
         items=log.items,
     )
     for row in rows.tolist():
@@ -371,7 +375,7 @@ def test_the_prior_is_added_and_knows_what_the_prompt_leaves_out(
     expected = PRIOR.scores([10, 11, "?"], [0, 1, 1], [12, "?"])
     np.testing.assert_allclose(with_prior - recommender.score(history, ["Sabrina (1954)", "Unheard Of"]), expected)
     liked = reshaped(recommender, history="liked")
-    liked.prior = PRIOR
+    liked.adapters["default"].prior = PRIOR
     np.testing.assert_allclose(
         liked.score(history, [12]), recommender.score(history[1:], [12]) + expected[:1], atol=1e-5
     )
@@ -380,7 +384,7 @@ def test_the_prior_is_added_and_knows_what_the_prompt_leaves_out(
 def test_the_oldest_events_are_left_out(recommender: Recommender) -> None:
     long = ["Heat (1995):yes", "Toy Story (1995):no"] * 50 + ["Fargo (1996):yes", "Heat (1995):no"]
     short = reshaped(recommender, max_tokens=170)
-    tail = [*short.codec.questions(["Heat (1995)", "Fargo (1996)"], 32)]
+    tail = [*codec_of(short).questions(["Heat (1995)", "Fargo (1996)"], 32)]
     assert all(len(ids) < 32 for ids in tail)
     scores = short.score(long, CANDIDATES)
     assert np.isfinite(scores).all()
@@ -397,7 +401,7 @@ def test_the_oldest_events_are_left_out(recommender: Recommender) -> None:
 
 
 def test_no_room_for_any_history_still_scores(recommender: Recommender) -> None:
-    tight = reshaped(recommender, max_tokens=len(recommender.codec.header) + 40)
+    tight = reshaped(recommender, max_tokens=len(codec_of(recommender).header) + 40)
     np.testing.assert_allclose(
         tight.score(["Heat (1995):yes"] * 9, CANDIDATES), recommender.score([], CANDIDATES), atol=1e-4
     )
@@ -478,9 +482,9 @@ def test_only_the_caller_lets_a_model_run_its_own_code(
 ) -> None:
     asked, real = [], backbone.load
 
-    def noted(model: config.Model, *target: Any) -> backbone.Backbone:
+    def noted(model: config.Model, *target: Any, **how: Any) -> backbone.Backbone:
         asked.append(model.trust_remote_code)
-        return real(dataclasses.replace(model, trust_remote_code=False), *target)
+        return real(dataclasses.replace(model, trust_remote_code=False), *target, **how)
 
     monkeypatch.setattr(backbone, "load", noted)
     load()

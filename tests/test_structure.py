@@ -70,6 +70,8 @@ ORDER = (
     "card_metadata",
     "card_sections",
     "card",
+    "loaded_adapter",
+    "loading",
     "recommender",
     "reload",
     "cli",

@@ -25,6 +25,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FULL = "model.safetensors"
 CHECKPOINT = "trained.safetensors"
 SAMPLED = 1024
+HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
+"""Values of `init_lora_weights` that leave the base model as it is."""
 ALLOCATOR = "allocator:"  # in front of what AdaLoRA's schedule keeps in a checkpoint
 
 # What a broken file raises depends on what is wrong with it.
@@ -266,6 +268,12 @@ def _read_config(folder: Path) -> Any:
     if kind in REFUSED_TYPES or getattr(found, "megatron_config", None):
         what = kind if kind in REFUSED_TYPES else "a megatron_config"
         raise ModelError(f"{path}: {what}; expected a method that peftrec trains; use PEFT itself")
+    start = getattr(found, "init_lora_weights", True)
+    if start not in HARMLESS_STARTS:
+        raise ModelError(
+            f"{path}: init_lora_weights is {start!r}, which changes the base model's weights; expected an adapter that "
+            "fits the base model as it is; use PEFT itself"
+        )
     # With this no method looks for what its training started from, such as a text and its tokenizer.
     found.inference_mode = True
     if found.is_prompt_learning:  # these follow from the model, and those of another one shall not fit

@@ -332,13 +332,14 @@ class Recommender:
         loaded = self._adapters
         asked: dict[str, dict[int, Question]] = {}
         for i, request in enumerate(requests):
-            name = _checked(request, f"requests[{i}]").get("adapter")
-            one = _named(loaded, name)
             try:
+                _check_keys(request)
+                name = request.get("adapter") or DEFAULT
+                one = _named(loaded, name)
                 question = one.question(request["history"], request["candidates"], request.get("user"))
-            except DataError as error:
-                raise DataError(f"requests[{i}]: {error}") from None
-            asked.setdefault(name or DEFAULT, {})[i] = question
+            except (DataError, ModelError) as error:
+                raise type(error)(f"requests[{i}]: {error}") from None
+            asked.setdefault(name, {})[i] = question
         found = {
             i: scores
             for name, questions in asked.items()
@@ -411,18 +412,14 @@ def _named(adapters: Mapping[str, LoadedAdapter], name: str | None) -> LoadedAda
     return found
 
 
-def _checked(request: Any, where: str) -> Request:
+def _check_keys(request: Any) -> None:
+    expected = "expected a dict with history and candidates"
     if not isinstance(request, dict):
-        raise DataError(f"{where}: {request!r}; expected a dict with history and candidates")
-    known = [*Request.__annotations__]
+        raise DataError(f"{request!r}; {expected}")
     for key in request:
-        if key not in known:
-            close = nearest(str(key), known)
-            raise DataError(
-                f"{where}: unknown key {key!r}; "
-                + (f"did you mean {close}?" if close else f"expected some of {', '.join(known)}")
-            )
+        if key not in Request.__annotations__:
+            close = nearest(str(key), [*Request.__annotations__])
+            raise DataError(f"unknown key {key!r}; " + (f"did you mean {close}?" if close else expected))
     for key in ("history", "candidates"):
         if request.get(key) is None:
-            raise DataError(f"{where}: no {key}; expected a dict with history and candidates")
-    return request  # type: ignore[return-value]
+            raise DataError(f"no {key}; {expected}")

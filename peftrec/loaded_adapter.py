@@ -12,10 +12,10 @@ import numpy.typing as npt
 import polars as pl
 
 from peftrec import artifact, backbone, config, scorer, virtual_tokens
-from peftrec.baselines import Prior
 from peftrec.catalogue import Catalogue, Item, read_history, read_ratings
 from peftrec.encode import max_user_tokens, new_codec, prompt_windows, record_ids, templated_ids
 from peftrec.errors import DataError, ModelError
+from peftrec.opponents import SavedPrior
 from peftrec.prompts import ANSWER_MARK, Codec, Pieces, user_texts, with_user
 from peftrec.rating_baselines import RatingPrior
 from peftrec.target import Target
@@ -86,7 +86,7 @@ class LoadedAdapter:
     """
 
     def __init__(
-        self, about: artifact.Artifact, model: Any, tokenizer: Any, items: Any, prior: Prior | RatingPrior | None
+        self, about: artifact.Artifact, model: Any, tokenizer: Any, items: Any, prior: SavedPrior | None
     ) -> None:
         self.artifact, self.model, self.prior = about, model, prior
         self.prompt = about.prompt

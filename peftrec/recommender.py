@@ -19,11 +19,11 @@ from peftrec import adapters, loading
 from peftrec import artifact as artifacts
 from peftrec.artifact import Artifact, PromptFormat
 from peftrec.backbone import Backbone
-from peftrec.baselines import Prior
 from peftrec.catalogue import Catalogue
 from peftrec.errors import DataError, ModelError
 from peftrec.loaded_adapter import Event, Floats, LoadedAdapter, Question, Recommendation
-from peftrec.rating_baselines import RatingPrior
+from peftrec.opponents import SavedPrior
+from peftrec.prompts import Codec, WholeText
 from peftrec.schema import nearest
 from peftrec.target import Target
 
@@ -80,7 +80,7 @@ class Recommender:
         tokenizer: Any,
         *,
         items: Any = None,
-        prior: Prior | RatingPrior | None = None,
+        prior: SavedPrior | None = None,
         base: Backbone | None = None,
     ) -> None:
         self._base = base
@@ -271,7 +271,12 @@ class Recommender:
         return self._adapter(None).prompt
 
     @property
-    def prior(self) -> Prior | RatingPrior | None:
+    def codec(self) -> Codec | WholeText:
+        """Its prompt under the tokenizer."""
+        return self._adapter(None).codec
+
+    @property
+    def prior(self) -> SavedPrior | None:
         """What is added to the model's score."""
         return self._adapter(None).prior
 

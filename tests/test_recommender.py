@@ -116,11 +116,7 @@ def recommender(load: Callable[..., Recommender]) -> Recommender:
 def reshaped(recommender: Recommender, **prompt: Any) -> Recommender:
     """The same model under another prompt."""
     about = dataclasses.replace(recommender.artifact, prompt=dataclasses.replace(recommender.artifact.prompt, **prompt))
-    return Recommender(about, recommender.model, codec_of(recommender).tokenizer, items=recommender.catalogue.items)
-
-
-def codec_of(recommender: Recommender) -> Any:
-    return recommender.adapters["default"].codec
+    return Recommender(about, recommender.model, recommender.codec.tokenizer, items=recommender.catalogue.items)
 
 
 # --- what is understood -----------------------------------------------------------------------------------------------
@@ -298,7 +294,7 @@ def test_a_template_reads_in_service_as_in_training(
     log = make_random_log(2, users=2, events=8, moments=30)
     log = dataclasses.replace(log, items=log.items.with_columns(title=pl.Series([*titles[:-1], "Film <s> 12 " * 20])))
     prompt = config.Prompt(layout="pointwise", template=template, max_tokens=max_tokens)
-    encoder = encode.Encoder(log, prompt, codec_of(recommender).tokenizer, "order")
+    encoder = encode.Encoder(log, prompt, recommender.codec.tokenizer, "order")
     rows = np.flatnonzero(log.split == 2)
     data = encoder.evaluate(rows, "streaming", None)
     asked, outputs = scorer.score_rows(recommender.model, data, range(len(data)))
@@ -315,7 +311,7 @@ def test_a_template_reads_in_service_as_in_training(
     single = Recommender(
         dataclasses.replace(recommender.artifact, prompt=about),
         recommender.model,
-        codec_of(recommender).tokenizer,
+        recommender.codec.tokenizer,
         items=log.items,
     )
     for row in rows.tolist():
@@ -402,7 +398,7 @@ def test_the_prior_is_added_and_knows_what_the_prompt_leaves_out(
 def test_the_oldest_events_are_left_out(recommender: Recommender) -> None:
     long = ["Heat (1995):yes", "Toy Story (1995):no"] * 50 + ["Fargo (1996):yes", "Heat (1995):no"]
     short = reshaped(recommender, max_tokens=170)
-    tail = [*codec_of(short).questions(["Heat (1995)", "Fargo (1996)"], 32)]
+    tail = [*short.codec.questions(["Heat (1995)", "Fargo (1996)"], 32)]
     assert all(len(ids) < 32 for ids in tail)
     scores = short.score(long, CANDIDATES)
     assert np.isfinite(scores).all()
@@ -419,7 +415,7 @@ def test_the_oldest_events_are_left_out(recommender: Recommender) -> None:
 
 
 def test_no_room_for_any_history_still_scores(recommender: Recommender) -> None:
-    tight = reshaped(recommender, max_tokens=len(codec_of(recommender).header) + 40)
+    tight = reshaped(recommender, max_tokens=len(recommender.codec.header) + 40)
     np.testing.assert_allclose(
         tight.score(["Heat (1995):yes"] * 9, CANDIDATES), recommender.score([], CANDIDATES), atol=1e-4
     )

@@ -171,7 +171,8 @@ def difference_of_scores(adapter: LoadedAdapter) -> str:
     distance = np.abs(adapter.probe_scores() - [probe.score for probe in probes])
     unit = "of log-odds" if adapter.artifact.task == "click" else "rating points"
     return (
-        f"its {len(probes)} recorded scores differ from those here by up to {distance.max():.2g} {unit}, "
+        f"its {len(probes)} recorded scores (float32) differ from those here "
+        f"({str(adapter.model.dtype).removeprefix('torch.')}) by up to {distance.max():.2g} {unit}, "
         f"{distance.mean():.2g} in the mean"
     )
 

@@ -416,7 +416,10 @@ def test_how_much_another_base_differs(
     with pytest.warns(UserWarning, match="base model: ") as caught:
         found = load(folder, other_base, strict=False)
     away = np.abs(found.probe_scores() - [0.5, -0.25])
-    expected = f"its 2 recorded scores (float32) differ from those here (float32) by up to {max(away):.2g} {unit}, {sum(away) / 2:.2g} in the mean"
+    largest, mean = f"{max(away):.2g} {unit}", f"{sum(away) / 2:.2g}"
+    expected = (
+        f"its 2 recorded scores (float32) differ from those here (float32) by up to {largest}, {mean} in the mean"
+    )
     assert str(caught[0].message).endswith(expected)
     assert caught[0].filename == __file__
     with pytest.raises(ModelError, match=r"fingerprint .*; load that base model, or load without strict"):

@@ -60,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(verb=_datasets)
 
     verb = verbs.add_parser("recommend", help="rank items for a person by that person's history")
-    verb.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter (RUN/adapter)")
+    verb.add_argument("adapter", metavar="ADAPTER", help="a run's folder, NAMESPACE/NAME on the Hub, or file:FOLDER")
+    verb.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the Hub (default: main)")
     verb.add_argument(
         "--history",
         nargs="*",
@@ -204,6 +205,7 @@ def _recommend(given: argparse.Namespace) -> None:
 
     recommender = Recommender.from_pretrained(
         given.adapter,
+        revision=given.revision,
         items=given.items,
         columns=columns,
         base_model=given.base_model,

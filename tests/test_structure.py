@@ -71,6 +71,8 @@ ORDER = (
     "card_metadata",
     "card_sections",
     "card",
+    "loaded_adapter",
+    "loading",
     "recommender",
     "reload",
     "space_app",

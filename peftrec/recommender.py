@@ -271,11 +271,6 @@ class Recommender:
         return self._adapter(None).prompt
 
     @property
-    def own_prompts(self) -> bool:
-        """Whether it was trained on ready-made prompts, which know neither items nor histories."""
-        return self._adapter(None).own_prompts
-
-    @property
     def codec(self) -> Codec | WholeText:
         """Its prompt under the tokenizer."""
         return self._adapter(None).codec

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from peftrec import adapters, artifact, backbone, quantized
+from peftrec import adapters, artifact, backbone, quantized, scorer
 from peftrec.errors import ModelError
 from peftrec.methods import one_line
 from peftrec.recommender import _base_of_run, _check_fingerprint, _load_base, _target
@@ -105,10 +106,15 @@ def merged(
                 "is not (--base-model)"
             )
         _check_fingerprint(about, loaded.base, strict=False)
-        model = adapters.load(loaded.model, adapter)
-        before = _plain_scores(model, loaded.tokenizer, about)
+        base, answers = loaded.model, about.prompt.answer_ids
+        put_back = _output_matrix(base) if about.target.head == "tokens" else None
+        model = adapters.load(scorer.with_head(base, about.target.head, answers), adapter)
+        before = _plain_scores(model, loaded.tokenizer, about, slice(None))
         model = _merge(model, adapter)
-        difference = float(np.abs(_plain_scores(model, loaded.tokenizer, about) - before).max())
+        if put_back is not None:
+            put_back(model)
+        after = _plain_scores(model, loaded.tokenizer, about, slice(None) if put_back is None else answers)
+        difference = float(np.abs(after - before).max())
         if not difference <= TOLERANCE:
             raise ModelError(
                 f"{adapter}: merged, it scores its sample questions differently by up to {difference:.2g}; expected at "
@@ -208,9 +214,36 @@ def _merge(model: Any, adapter: Path) -> Any:
         ) from error
 
 
+def _output_matrix(model: Any) -> Callable[[Any], None]:
+    """What puts a model's output matrix, which the answer rows replace, back as it is now.
+
+    Where all weights were trained this matters: the answers were read by the matrix as it was, though the model says
+    that it is tied to the input embeddings.
+    """
+    output = copy.deepcopy(model.get_output_embeddings())
+    tied, bias = model.config.tie_word_embeddings, getattr(model, "final_logits_bias", None)
+
+    def put_back(merged: Any) -> None:
+        merged.set_output_embeddings(output.to(merged.device))
+        if bias is not None:
+            merged.final_logits_bias = bias
+        merged.config.tie_word_embeddings = tied and torch.equal(merged.get_input_embeddings().weight, output.weight)
+        if merged.config.tie_word_embeddings:
+            merged.tie_weights()
+
+    return put_back
+
+
 @torch.inference_mode()
-def _plain_scores(model: Any, tokenizer: Any, about: artifact.Artifact) -> np.ndarray:
-    """Scores of the adapter's sample questions without the prior, asked as one would without peftrec, (n,)."""
+def _plain_scores(model: Any, tokenizer: Any, about: artifact.Artifact, outputs_at: Any) -> np.ndarray:
+    """Scores of the adapter's sample questions without the prior, asked as one would without peftrec, (n,).
+
+    Args:
+        model: the model.
+        tokenizer: its.
+        about: the adapter's.
+        outputs_at: where in the logits of a token or prompt its outputs are.
+    """
     prompt = about.prompt
     bos = (prompt.bos or "") if prompt.kind == "causal" else ""
     texts = [bos + prompt.text(probe.history, probe.candidate) for probe in about.probes] or [prompt.example]
@@ -226,8 +259,8 @@ def _plain_scores(model: Any, tokenizer: Any, about: artifact.Artifact) -> np.nd
             ids["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id]], device=model.device)
         logits = model(**ids).logits[0]
         if about.target.head == "tokens":
-            logits = logits[-1, list(prompt.answer_ids)]
-        outputs.append(logits.float().cpu().numpy())
+            logits = logits[-1]
+        outputs.append(logits[outputs_at].float().cpu().numpy())
     return _target(about).measure(np.stack(outputs))[0]
 
 

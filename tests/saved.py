@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 import torch
+from test_encoders import shape_of
 
 from peftrec import adapters, artifact, backbone, config, encode, scorer
 from peftrec.baselines import Prior
@@ -94,21 +95,10 @@ def save_run(base: Path, run: Path, **options: Any) -> Path:
     return save_adapter(base, run / "adapter", **options)
 
 
-def tiny_bert(folder: Path, tokenizer: Any) -> Path:
-    """A random BERT (hidden 32, 2 layers, float32) with a byte-level tokenizer."""
-    from transformers import BertConfig, BertModel
-
+def tiny_bert(folder: Path) -> Path:
+    """A random BERT (float32) with a word piece tokenizer."""
+    kind, shape, tokenizer = shape_of("bert")
     torch.manual_seed(1)
-    shape = BertConfig(
-        vocab_size=320,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        pad_token_id=1,
-    )
-    BertModel(shape).float().save_pretrained(folder)
+    kind(shape).float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

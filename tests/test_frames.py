@@ -112,7 +112,7 @@ def test_times_may_be_written_in_any_way(recommender: Recommender) -> None:
 
 def test_new_users_know_nothing(recommender: Recommender) -> None:
     pairs = pl.DataFrame({"user_id": ["cleo", "bob"], "item_id": [13, 13]})
-    with pytest.raises(DataError, match="pairs: 1 users have no row in the log, e.g. 'cleo'"):
+    with pytest.raises(DataError, match=r"pairs: 1 users have no row in the log, e\.g\. 'cleo'"):
         score_frame(recommender, pairs, LOG)
     found = score_frame(recommender, pairs, LOG, new_users=True)
     np.testing.assert_allclose(found["score"][0], recommender.score([], [13])[0], atol=1e-4)

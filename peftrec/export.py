@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from peftrec import adapters, artifact, backbone, quantized, scorer
+from peftrec import adapters, artifact, backbone, loading, quantized, scorer
 from peftrec.errors import ModelError
+from peftrec.loaded_adapter import target_of
 from peftrec.methods import one_line
-from peftrec.recommender import _base_of_run, _check_fingerprint, _load_base, _target
 
 FORMATS = ("merged", "vllm")
 TOLERANCE = 1e-4
@@ -85,7 +86,7 @@ def merged(
     it; the prior is not: `peftrec.json` and `prior.json` are copied beside it.
 
     Args:
-        adapter: an adapter's folder, or its run's.
+        adapter: an adapter's folder or its run's, or its Hub id.
         output: a folder that is not there yet, or is empty.
         base_model: as in `Recommender.from_pretrained`.
         dtype: of the weights that are written; in 16 bits scores differ by what rounding them makes.
@@ -94,18 +95,19 @@ def merged(
         ModelError: the adapter cannot be loaded or merged, its base is quantized, merging changed the scores, or the
             folder cannot be written.
     """
-    adapter = _adapter(adapter)
+    adapter = loading.find(adapter)
     about = artifact.read(adapter)
     if dtype not in backbone.DTYPES:
         raise ModelError(f"dtype: {dtype!r}; expected one of {', '.join(backbone.DTYPES)}")
     with _written(output) as folder:
-        loaded = _load_base(about, base_model or _base_of_run(adapter), "float32", False, None)
+        loaded = loading.load_base(about, adapter, base_model=base_model, dtype="float32")
         if quantized.layers(loaded.model) or getattr(loaded.model.config, "quantization_config", None) is not None:
             raise ModelError(
                 f"base model: {loaded.base.name} is quantized, and merging would round the adapter away; give one that "
                 "is not (--base-model)"
             )
-        _check_fingerprint(about, loaded.base, strict=False)
+        if other := loading.difference_of_bases(about, loaded):
+            warnings.warn(other, stacklevel=2)
         base, answers = loaded.model, about.prompt.answer_ids
         put_back = _output_matrix(base) if about.target.head == "tokens" else None
         model = adapters.load(scorer.with_head(base, about.target.head, answers), adapter)
@@ -135,13 +137,13 @@ def for_vllm(adapter: str | Path, output: str | Path) -> ForVllm:
     """Write a LoRA adapter as a folder that vLLM accepts, by its documented constraints; vLLM itself is not run.
 
     Args:
-        adapter: an adapter's folder, or its run's.
+        adapter: an adapter's folder or its run's, or its Hub id.
         output: a folder that is not there yet, or is empty.
 
     Raises:
         ModelError: the adapter is none that vLLM serves, or the folder cannot be written.
     """
-    adapter = _adapter(adapter)
+    adapter = loading.find(adapter)
     about = artifact.read(adapter)
     found = _lora_config(adapter)
     problems = [f"{name} is {found[name]!r}" for name in VLLM_REFUSED if found.get(name)]
@@ -164,12 +166,6 @@ def for_vllm(adapter: str | Path, output: str | Path) -> ForVllm:
         _copy(adapter, folder, (adapters.CONFIG, adapters.WEIGHTS, artifact.FILE, artifact.PRIOR_FILE))
     least = next(allowed for allowed in VLLM_RANKS if allowed >= int(rank or 0))
     return ForVllm(Path(output), about.base_model.hub_id, least)
-
-
-def _adapter(folder: str | Path) -> Path:
-    folder = Path(folder)
-    inner = folder / "adapter"
-    return inner if not (folder / artifact.FILE).is_file() and (inner / artifact.FILE).is_file() else folder
 
 
 @contextmanager
@@ -261,7 +257,7 @@ def _plain_scores(model: Any, tokenizer: Any, about: artifact.Artifact, outputs_
         if about.target.head == "tokens":
             logits = logits[-1]
         outputs.append(logits[outputs_at].float().cpu().numpy())
-    return _target(about).measure(np.stack(outputs))[0]
+    return target_of(about).measure(np.stack(outputs))[0]
 
 
 # --- vLLM -------------------------------------------------------------------------------------------------------------

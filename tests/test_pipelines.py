@@ -118,12 +118,17 @@ def test_what_cannot_be_meant_is_refused(recommend: Any, recommender: Recommende
         recommend.save_pretrained("x")
 
 
-def test_a_run_in_place_of_its_adapter_is_said(adapter: Path, tmp_path: Path) -> None:
+def test_a_run_will_do_and_what_is_none_is_said(
+    adapter: Path, recommend: Any, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
     from transformers import pipeline
 
-    (tmp_path / "adapter").symlink_to(adapter)
-    with pytest.raises(ModelError, match=r"no peftrec.json in it; .* use .*adapter$"):
-        pipeline("recommendation", model=str(tmp_path))
+    more = {"base_model": tiny_llama_folder, "items": FILMS}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "adapter").symlink_to(adapter)
+    assert pipeline("recommendation", model=tmp_path / "run", model_kwargs=more)(ASKED) == recommend(ASKED)
+    with pytest.raises(ModelError, match=r"no peftrec\.json in it"):
+        pipeline("recommendation", model=tmp_path)
 
 
 def test_other_tasks_still_read_their_configs(tiny_llama_folder: Path) -> None:

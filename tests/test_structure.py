@@ -71,6 +71,8 @@ ORDER = (
     "card_metadata",
     "card_sections",
     "card",
+    "loaded_adapter",
+    "loading",
     "recommender",
     "pipelines",
     "frames",
@@ -78,6 +80,8 @@ ORDER = (
     "lenskit_scorer",
     "export",
     "reload",
+    "space_app",
+    "space",
     "cli",
     "__main__",
 )

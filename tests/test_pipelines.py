@@ -112,7 +112,7 @@ def test_what_cannot_be_meant_is_refused(recommend: Any, recommender: Recommende
         recommend(["Heat:yes"])
     with pytest.raises(ModelError, match="model: int; expected an adapter's folder"):
         pipeline("recommendation", model=3)
-    with pytest.raises(ModelError, match="pipeline: device_map; a recommendation takes items, "):
+    with pytest.raises(ModelError, match="pipeline: device_map; a recommendation takes revision, items, "):
         pipeline("recommendation", model=str(adapter), device_map="auto")
     with pytest.raises(ModelError, match="asked to save a pipeline"):
         recommend.save_pretrained("x")

@@ -98,6 +98,22 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print one JSON object")
     verb.set_defaults(verb=_evaluate)
 
+    verb = verbs.add_parser("export", help="write an adapter as one merged model, or as a LoRA folder for vLLM")
+    verb.add_argument("adapter", metavar="RUN_OR_ADAPTER", help="folder of a finished run, or of its adapter")
+    verb.add_argument("output", metavar="OUTPUT", help="folder to write, new or empty")
+    verb.add_argument(
+        "--format",
+        choices=("merged", "vllm"),
+        required=True,
+        help="merged: base model and adapter as one model that transformers loads; vllm: the adapter, checked against "
+        "what vLLM takes",
+    )
+    verb.add_argument("--base-model", metavar="MODEL", help="merged: folder or Hub id to use as base model instead")
+    verb.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="merged: of the weights (default: float32)"
+    )
+    verb.set_defaults(verb=_export)
+
     verb = verbs.add_parser("space", help="write the folder of a Hugging Face Space in which anybody asks the adapter")
     verb.add_argument("run", metavar="RUN", help="folder of a finished run")
     verb.add_argument("output", metavar="OUTPUT", nargs="?", help="folder to write (default: RUN/space)")
@@ -287,6 +303,28 @@ def _no_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_no_nan(one) for one in value]
     return None if isinstance(value, float) and value != value else value
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def _export(given: argparse.Namespace) -> None:
+    if given.format == "vllm" and (given.base_model or given.dtype):
+        option = "--base-model" if given.base_model else "--dtype"
+        raise ConfigError(f"{option}: means nothing to --format vllm, which writes the adapter alone; leave it out")
+    from peftrec import export
+
+    if given.format == "vllm":
+        lora = export.for_vllm(given.adapter, given.output)
+        print(f"{lora.folder}: a LoRA adapter as vLLM takes them (checked by format; vLLM was not run); serve it with")
+        print(f"  vllm serve {lora.base_model} --enable-lora --max-lora-rank {lora.max_lora_rank} \\")
+        print(f"      --lora-modules recommend={lora.folder}")
+        return
+    done = export.merged(given.adapter, given.output, base_model=given.base_model, dtype=given.dtype or "float32")
+    print(
+        f"{done.folder}: a model of {done.bytes / 1e6:,.1f} MB; in float32 its scores differ from the adapter's by at "
+        f"most {done.difference:.1g}"
+    )
 
 
 # --- space ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +31,8 @@ from peftrec.record import atomic
 
 FORMAT = 1
 MANIFEST, PARTS, LOCK = "manifest.json", "parts", ".lock"
-PART_ROWS = 4096
+SCRATCH = (".part-", f".{MANIFEST}-")
+PART_ROWS, CHECKED_ROWS = 4096, 1 << 18
 STREAMED = (*tables.CSV_SUFFIXES, ".parquet", ".pq", ".jsonl", ".ndjson")
 
 Plan = TypeVar("Plan")
@@ -110,8 +111,7 @@ def score_table(job: Job, say: Callable[[str], object] = print) -> Progress:
     def look() -> tuple[int, list[int]]:
         _check(job)
         read.append(job.known())
-        _prepare(folder, lock)
-        return _begin(job, folder, read[0], say)
+        return _begin(job, folder, lock, read[0], say)
 
     try:
         rows, missing = _of_main(state, look)
@@ -126,7 +126,7 @@ def score_table(job: Job, say: Callable[[str], object] = print) -> Progress:
             with tqdm(
                 total=_rows(mine, rows, job.part_rows), desc="score", unit=" pairs", disable=_hidden(state)
             ) as bar:
-                for index, frame in _stream(job.input, job.part_rows, mine):
+                for index, frame in tables.pieces(job.input, job.part_rows, mine):
                     where = _rows_of(job, index, len(frame))
                     scores = score_pairs(recommender, frame, known.histories, columns=known.names(frame.columns, where))
                     _write(folder, index, pl.concat((frame, scores), how="horizontal"))
@@ -182,22 +182,6 @@ def _check(job: Job) -> None:
         raise DataError(f"part_rows: {job.part_rows}; expected a whole number from 1")
 
 
-def _stream(source: str, part_rows: int, wanted: Sequence[int]) -> Iterator[tuple[int, pl.DataFrame]]:
-    """Parts of the input by number, those in `wanted` (ascending) only; memory does not grow with the input."""
-    first, last = wanted[0], wanted[-1]
-    chosen = set(wanted)
-    table = tables.scan(source).slice(first * part_rows, (last + 1 - first) * part_rows)
-    try:
-        for index, frame in enumerate(
-            table.collect_batches(chunk_size=part_rows, maintain_order=True, lazy=True), first
-        ):
-            assert len(frame) == part_rows or index == last, "polars gives batches of chunk_size"
-            if index in chosen:
-                yield index, frame
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise tables.unreadable(source, error) from error
-
-
 def _count(job: Job, known: Known) -> tuple[int, int]:
     """Rows of the input, and how many of them have no history; every row is looked at.
 
@@ -205,16 +189,12 @@ def _count(job: Job, known: Known) -> tuple[int, int]:
         DataError: something cannot be scored.
     """
     names = known.names(tables.column_names(tables.scan(job.input), job.input), job.input)
-    needed = tables.scan(job.input).select(*names.values())
     rows = cold = 0
-    try:
-        for frame in needed.collect_batches(chunk_size=1 << 18, maintain_order=True, lazy=True):
-            where = job.input if not rows else f"{job.input}, from row {rows + 1:,} on"
-            asked = known.asked(frame, where)
-            cold += int((asked.first == asked.last).sum())
-            rows += len(frame)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise tables.unreadable(job.input, error) from error
+    for _, frame in tables.pieces(job.input, CHECKED_ROWS, columns=list(names.values())):
+        where = job.input if not rows else f"{job.input}, from row {rows + 1:,} on"
+        asked = known.asked(frame, where)
+        cold += int((asked.first == asked.last).sum())
+        rows += len(frame)
     if rows == 0:
         raise DataError(f"{job.input}: no rows; expected at least one pair below the header")
     return rows, cold
@@ -232,61 +212,15 @@ def _rows_of(job: Job, index: int, height: int) -> str:
 # --- the output -------------------------------------------------------------------------------------------------------
 
 
-def _prepare(folder: Path, lock: FileLock) -> None:
-    """Make the folder, or refuse one that holds other things; clear what a killed run left half-written."""
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder}: not a folder; expected a new one or that of the same job; choose another --output")
-    try:
-        inside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        scratch = [name for name in inside if name.startswith((".part-", f".{MANIFEST}-"))]
-        others = [name for name in inside if name not in (MANIFEST, PARTS, LOCK, *scratch)]
-        if (folder / PARTS).is_dir():
-            others += [f"{PARTS}/{path.name}" for path in (folder / PARTS).iterdir() if _number(path) is None]
-            if MANIFEST not in inside and any((folder / PARTS).iterdir()):
-                others.append(f"parts and no {MANIFEST}")
-        if others:
-            raise DataError(
-                f"{folder}: holds other things than scores ({others[0]}); expected a new folder or that of the same "
-                "job; choose another --output"
-            )
-        (folder / PARTS).mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        for name in scratch:
-            (folder / name).unlink(missing_ok=True)
-    except Timeout:
-        raise DataError(
-            f"{folder}: another process is scoring into it; wait for it, or choose another --output"
-        ) from None
-    except OSError as error:
-        raise PeftrecError(
-            f"{folder}: cannot be written ({error.strerror or error}); choose another --output"
-        ) from error
-
-
-def _begin(job: Job, folder: Path, known: Known, say: Callable[[str], object]) -> tuple[int, list[int]]:
-    """Rows of the input and the parts that are missing, once the manifest is there and is this job's."""
+def _begin(job: Job, folder: Path, lock: FileLock, known: Known, say: Callable[[str], object]) -> tuple[int, list[int]]:
+    """Rows of the input and the parts that are missing, once the output is this job's; a refusal writes nothing."""
     if mistake := processes.alone_by_mistake():
         say(f"warning: {mistake}")
     facts = _facts(job)
-    if (folder / MANIFEST).is_file():
-        found = _read_manifest(folder)
-        _same_job(folder, found, facts)
-        rows = int(found["rows"])
-    else:
-        for warning in known.histories.warnings:
-            say(f"warning: {warning}")
-        rows, cold = _count(job, known)
-        how = "known before each pair's time" if _timed(job, known) else "whole, since the pairs have no time"
-        say(f"pairs: {rows:,} in {job.input}, {cold:,} of them of users without history")
-        say(f"histories: {len(known.histories):,} events of {len(known.histories.users):,} users, {how}")
-        if job.history is None:
-            say("warning: no history (--history LOG): every person is asked about as one of whom nothing is known")
-        elif cold == rows:
-            say(
-                f"warning: none of the pairs' users has events in {job.history}; look whether the ids are the same ones"
-            )
-        if known.about.prompt.user is not None:
-            say("warning: the adapter's prompt shows what is known of a person, which is left empty here")
+    found = _inspect(folder, facts)
+    rows = int(found["rows"]) if found else _first_look(job, known, say)
+    _open(folder, lock)
+    if _inspect(folder, facts) is None:  # asked again, since now nobody else may write there
         _write_manifest(folder, {"format": FORMAT, **facts, "rows": rows, "complete": False})
     there = _there(folder)
     missing = [part for part in range(-(-rows // job.part_rows)) if part not in there]
@@ -295,8 +229,68 @@ def _begin(job: Job, folder: Path, known: Known, say: Callable[[str], object]) -
     return rows, missing
 
 
-def _timed(job: Job, known: Known) -> bool:
-    return "timestamp" in known.names(tables.column_names(tables.scan(job.input), job.input), job.input)
+def _first_look(job: Job, known: Known, say: Callable[[str], object]) -> int:
+    """Check the whole input and say what was found; its number of rows."""
+    for warning in known.histories.warnings:
+        say(f"warning: {warning}")
+    rows, cold = _count(job, known)
+    names = known.names(tables.column_names(tables.scan(job.input), job.input), job.input)
+    how = "known before each pair's time" if "timestamp" in names else "whole, since the pairs have no time"
+    say(f"pairs: {rows:,} in {job.input}, {cold:,} of them without history")
+    say(f"histories: {len(known.histories):,} events of {len(known.histories.users):,} users, {how}")
+    if job.history is None:
+        say("warning: no history (--history LOG): every person is asked about as one of whom nothing is known")
+    elif cold == rows:
+        say(f"warning: no pair's user has events in {job.history} before its time; look whether the ids are the same")
+    if known.about.prompt.user is not None:
+        say("warning: the adapter's prompt shows what is known of a person, which is left empty here")
+    return rows
+
+
+def _inspect(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of this job's output, None where there is none yet.
+
+    Raises:
+        DataError: the folder is no folder, holds other things, or another job's scores.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder}: not a folder; expected a new one or that of the same job; choose another --output")
+    inside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    others = [name for name in inside if name not in (MANIFEST, PARTS, LOCK) and not name.startswith(SCRATCH)]
+    parts = list((folder / PARTS).iterdir()) if (folder / PARTS).is_dir() else []
+    others += [f"{PARTS}/{path.name}" for path in parts if MANIFEST not in inside or _number(path) is None]
+    if others:
+        raise DataError(
+            f"{folder}: holds other things than scores ({others[0]}); expected a new folder or that of the same job; "
+            "choose another --output"
+        )
+    if MANIFEST not in inside:
+        return None
+    found = _read_manifest(folder)
+    if other := [name for name, value in facts.items() if found.get(name) != value]:
+        raise DataError(
+            f"{folder / MANIFEST}: scores of another job, whose {' and '.join(other)} differed; expected the same to "
+            "continue; choose another --output, or remove the folder"
+        )
+    return found
+
+
+def _open(folder: Path, lock: FileLock) -> None:
+    """Make the folder, let nobody else write there, and clear what a killed run left half-written."""
+    try:
+        (folder / PARTS).mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        for path in folder.iterdir():
+            if path.name.startswith(SCRATCH):
+                path.unlink(missing_ok=True)
+    except Timeout:
+        raise DataError(
+            f"{folder}: another process is scoring into it; wait for it, or choose another --output"
+        ) from None
+    except OSError as error:
+        raise PeftrecError(
+            f"{folder}: cannot be written ({error.strerror or error}); choose another --output"
+        ) from error
 
 
 def _facts(job: Job) -> dict[str, Any]:
@@ -317,14 +311,6 @@ def _facts(job: Job) -> dict[str, Any]:
 
 def _hash(file: str | None) -> str | None:
     return None if file is None else sha256(Path(file)) if Path(file).is_file() else file
-
-
-def _same_job(folder: Path, found: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    if other := [name for name, value in facts.items() if found.get(name) != value]:
-        raise DataError(
-            f"{folder / MANIFEST}: scores of another job, whose {' and '.join(other)} differed; expected the same to "
-            "continue; choose another --output, or remove the folder"
-        )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -119,7 +119,9 @@ def test_ratings_become_answers(recommender: Recommender) -> None:
     log = Histories.read(rated, about, FILMS, {"rating": "stars"})
     assert [answer for _, answer in past(log, "a")] == [4.0, 3.0, 5.0, 1.0]
     with pytest.raises(DataError, match=r"history: rating in row 2 is 1.7; expected one of 1, 1.5, 3, 4"):
-        Histories.read(rated.with_columns(stars=pl.Series([5.0, 1.7, 4.0, 4.0, 3.0, 5.0])), about, FILMS, {"rating": "stars"})
+        Histories.read(
+            rated.with_columns(stars=pl.Series([5.0, 1.7, 4.0, 4.0, 3.0, 5.0])), about, FILMS, {"rating": "stars"}
+        )
 
 
 def test_what_is_left_out_is_counted(recommender: Recommender) -> None:
@@ -168,7 +170,7 @@ def test_a_pair_is_asked_with_what_came_before(recommender: Recommender, log: Hi
     ]
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert len(set(np.round(expected, 3))) == 5, "scores that are all equal prove nothing"
-    assert found[3] == found[5]
+    assert found[3] == pytest.approx(found[5], abs=1e-4)
 
 
 def test_nothing_at_or_after_the_time_is_read(recommender: Recommender, log: Histories) -> None:
@@ -186,7 +188,7 @@ def test_without_times_it_is_the_whole_history(recommender: Recommender, log: Hi
     np.testing.assert_allclose(found["probability"], recommender.probability(OF_A, [14]), atol=1e-4)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10_000), max_tokens=st.sampled_from([64, 90, 512]), liked=st.booleans())
 def test_equals_asking_pair_by_pair(recommender: Recommender, seed: int, max_tokens: int, liked: bool) -> None:
     """Also where the window moves over a history that is longer than it."""

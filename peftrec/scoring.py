@@ -4,7 +4,7 @@
     OUTPUT/parts/part-00000.parquet the input's first rows with their scores, in their order; then the next ones
 
 The input is streamed. A part appears whole or not at all, and is scored by one process from start to end, so that its
-scores do not depend on how often the run was killed or how many processes share it.
+scores do not depend on how often the run was killed, nor, for one number of threads, on how many processes share it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ MANIFEST, PARTS, LOCK = "manifest.json", "parts", ".lock"
 SCRATCH = (".part-", f".{MANIFEST}-")
 PART_ROWS, CHECKED_ROWS = 4096, 1 << 18
 STREAMED = (*tables.CSV_SUFFIXES, ".parquet", ".pq", ".jsonl", ".ndjson")
+
+GRACE = 10  # seconds
 
 Plan = TypeVar("Plan")
 
@@ -134,8 +136,8 @@ def score_table(job: Job, say: Callable[[str], object] = print) -> Progress:
                     bar.update(len(frame))
         seconds = time.monotonic() - begin
         parts = -(-rows // job.part_rows)
-        complete = len(_there(folder)) == parts
-        if complete:
+        complete = _there(folder).issuperset(range(parts))
+        if complete and scored:
             # Whoever comes last finds all of them; nobody waits for the others, whose shares may take hours longer.
             _write_manifest(folder, {**_read_manifest(folder), "complete": True})
         return Progress(rows, parts, scored, seconds, complete)
@@ -156,6 +158,7 @@ def _of_main(state: Any, make: Callable[[], Plan]) -> Plan:
     if isinstance(found[0], PeftrecError):
         if state.is_main_process:
             raise found[0]
+        time.sleep(GRACE)  # a launcher ends all processes as soon as one has ended: the main one has to speak first
         raise SystemExit(2)
     plan: Plan = found[0]
     return plan
@@ -220,10 +223,11 @@ def _begin(job: Job, folder: Path, lock: FileLock, known: Known, say: Callable[[
     found = _inspect(folder, facts)
     rows = int(found["rows"]) if found else _first_look(job, known, say)
     _open(folder, lock)
-    if _inspect(folder, facts) is None:  # asked again, since now nobody else may write there
-        _write_manifest(folder, {"format": FORMAT, **facts, "rows": rows, "complete": False})
     there = _there(folder)
     missing = [part for part in range(-(-rows // job.part_rows)) if part not in there]
+    found = _inspect(folder, facts)  # asked again, since from now on nobody else may write there
+    if found is None or found["complete"] != (not missing):
+        _write_manifest(folder, {"format": FORMAT, **facts, "rows": rows, "complete": not missing})
     if there:
         say(f"{folder}: {len(there):,} parts are there, {len(missing):,} are to do")
     return rows, missing
@@ -321,7 +325,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: cannot be read ({tables.first_line(error)}); remove the folder and begin again"
         ) from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("rows"), int):
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not {"rows", "complete"} <= found.keys():
         raise DataError(
             f"{path}: not a manifest of format {FORMAT}; expected what peftrec score wrote; choose another --output"
         )

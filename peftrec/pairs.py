@@ -92,8 +92,8 @@ class Known:
             DataError: a column is missing, or would be overwritten; or the pairs have times and the log has none.
         """
         there = {ours: theirs for ours, theirs in self.columns.items() if theirs in found or ours in self.must}
-        optional = [*OPTIONAL, *(there.keys() & self.must)]
-        names = tables.match_columns(found, where, there, REQUIRED, dict.fromkeys(optional), key="columns")
+        optional = {*OPTIONAL, *self.must} - {*REQUIRED}
+        names = tables.match_columns(found, where, there, REQUIRED, sorted(optional), key="columns")
         if taken := [name for name in SCORED if name in found]:
             raise DataError(f"{where}: a column '{taken[0]}' is there already; scores get this name; rename it")
         if "timestamp" in names and len(self.histories) and self.histories.timestamp is None:

@@ -248,8 +248,11 @@ def test_no_pairs(recommender: Recommender, log: Histories) -> None:
         ),
         (pairs_of(("a", 10, 0)).rename({"item_id": "movieId"}), r"pairs: no column 'item_id' .*; set columns.item_id="),
         (pairs_of(("a", 10, 0)).with_columns(score=1), r"pairs: a column 'score' is there already"),
-        (pairs_of(("a", 10, None)), r"pairs: timestamp in row 1 is nothing; expected a time in every row"),  # type: ignore[arg-type]
-        (pairs_of((None, 10, 1)), r"pairs: user_id in row 1 is nothing"),  # type: ignore[arg-type]
+        (
+            pairs_of(("a", 10, 0), ("a", 10, None)),
+            r"pairs: timestamp in row 2 is nothing; expected a time in every row",
+        ),  # type: ignore[arg-type]
+        (pairs_of(("a", 10, 1), (None, 10, 1)), r"pairs: user_id in row 2 is nothing"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_pairs(recommender: Recommender, log: Histories, pairs: pl.DataFrame, message: str) -> None:

@@ -309,8 +309,9 @@ def test_the_same_job_from_another_place(place: Place, whole: Path, tmp_path: Pa
 def test_two_at_once(place: Place, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "scores").mkdir()
     with FileLock(tmp_path / "scores" / ".lock"):
-        said = refused(capsys, place.command(tmp_path / "scores"))
-    assert said.startswith(f"{tmp_path}/scores: another process is scoring into it")
+        code, _, err = run(capsys, place.command(tmp_path / "scores"))
+    assert code == 2
+    assert err.startswith(f"{tmp_path}/scores: another process is scoring into it")
 
 
 # --- kills ------------------------------------------------------------------------------------------------------------

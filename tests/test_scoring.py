@@ -190,11 +190,11 @@ print(rows, most)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux says of a process")
-@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
-def test_memory_does_not_grow_with_the_input(tmp_path: Path, kind: str) -> None:
-    """Tables of 60 and of 240 MB."""
+@pytest.mark.parametrize(("kind", "first"), [("parquet", 300_000), ("csv", 1_200_000), ("jsonl", 300_000)])
+def test_memory_does_not_grow_with_the_input(tmp_path: Path, kind: str, first: int) -> None:
+    """Tables of 60 and 180 MB, for CSV, of which 220 MB are read ahead, of 240 and 720."""
     most = []
-    for number, rows in enumerate((300_000, 1_200_000)):
+    for number, rows in enumerate((first, 3 * first)):
         file = tmp_path / f"{number}.{kind}"
         noted = pl.DataFrame({"user_id": np.arange(rows), "item_id": np.arange(rows) % 7}).with_columns(
             note=pl.col("user_id").cast(pl.String).str.pad_start(180, "x")
@@ -323,14 +323,15 @@ class Reaper:
     """Counts what this process does to the file system below `folder`, and kills it at the `last` time."""
 
     def __init__(self, folder: str, last: int | None) -> None:
-        self.folder, self.last, self.count = folder, last, 0
+        self.folder, self.last = folder, last
+        self.seen: list[str] = []
         sys.addaudithook(self)
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event not in MOMENTS or self.folder not in f"{arguments[0]}":
             return
-        self.count += 1
-        if self.count == self.last:
+        self.seen.append(event)
+        if len(self.seen) == self.last:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -352,7 +353,7 @@ def life(arguments: Sequence[str], output: Path, *, at: int | None = None, after
 
             scoring._write = noted
             code = cli.main(arguments)
-            output.with_suffix(".moments").write_text(str(reaper.count))
+            output.with_suffix(".moments").write_text(json.dumps(reaper.seen))
             os._exit(code)
         except BaseException:
             traceback.print_exc()
@@ -377,25 +378,31 @@ def main(plan: dict[str, Any]) -> None:
     begin = time.monotonic()
     assert life(arguments(folder / "first"), folder / "first")
     seconds = time.monotonic() - begin
-    moments = int((folder / "first.moments").read_text())
+    moments = json.loads((folder / "first.moments").read_text())
+    # Just before the first ones of these a part is written and not yet in its place.
+    renames = [number for number, event in enumerate(moments, 1) if event == "os.rename"][1:5]
     found = []
     for number in range(plan["tries"]):
         output = folder / f"try-{number}"
         lives = []
         for turn in range(3):
-            how = {"at": int(random.integers(1, moments))} if turn else {"after": random.uniform(0.3, 1.0) * seconds}
+            how = {"at": int(random.integers(1, len(moments)))}
+            if turn == 0:
+                how = (
+                    {"after": random.uniform(0.3, 1.0) * seconds} if number % 2 else {"at": int(random.choice(renames))}
+                )
             ended = life(arguments(output), output, **how)  # type: ignore[arg-type]
             left = [path.name for path in output.glob(".part-*")] if output.is_dir() else []
             done = len(list(output.glob("parts/*")))
             lives.append({**how, "ended": ended, "left": left, "parts": done})
         assert life(arguments(output), output)
         found.append(lives)
-    (folder / "found.json").write_text(json.dumps({"seconds": seconds, "moments": moments, "tries": found}))
+    (folder / "found.json").write_text(json.dumps({"seconds": seconds, "moments": len(moments), "tries": found}))
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_continued(place: Place, tmp_path: Path) -> None:
-    tries = 8
+    tries = 6
     plan = {"folder": str(tmp_path), "tries": tries, "command": place.command("OUTPUT")}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     done = subprocess.run(

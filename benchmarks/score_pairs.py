@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 from pages import put
 from scale import hardware
 
@@ -80,7 +81,7 @@ def main() -> None:
         f"Histories of {EVENTS} to {EVENTS + CANDIDATES - 1} events of ml-100k; {given.rounds} rounds of {size} pairs "
         f"for each table, both ways in turn; scores of the two differ by {far:.3f} at most (log-odds, "
         f"{recommender.model.dtype}). "
-        f"{hardware()}.",
+        f"{torch.get_num_threads()} threads, {hardware()}.",
     ]
     print("\n".join(lines))
     if given.write:

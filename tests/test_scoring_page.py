@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 import pytest
 from test_docs import ROOT, YOUR_DATA, blocks
+from test_ray_data import QUIET
 from test_recommender import save_adapter
 
 from peftrec import cli
@@ -61,8 +62,8 @@ def test_the_page(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(in_memory, "page", "exec"), known)
     assert "probability" in capsys.readouterr().out
     if find_spec("ray") is not None:
-        paths = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
-        # On the page there is a cluster; two cores do for two actors.
+        paths = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT)}
+        # On the page there is a cluster, whose workers find no file by a relative path.
         code = on_ray.replace("concurrency=4", "concurrency=1").replace("my-data/", f"{place}/my-data/")
         code = code.replace("runs/my-data/", f"{place}/runs/my-data/").replace("scores-ray", f"{place}/scores-ray")
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=paths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -228,11 +229,15 @@ def test_equals_asking_pair_by_pair(recommender: Recommender, seed: int, max_tok
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_ratings_have_no_probability(recommender: Recommender, log: Histories, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ratings_have_no_probability(recommender: Recommender, log: Histories) -> None:
     assert score_pairs(recommender, pairs_of(("a", 14, 0)), log).columns == ["score", "probability"]
-    monkeypatch.setattr(recommender, "artifact", dataclasses.replace(recommender.artifact, task="rating"))
-    monkeypatch.setattr(recommender, "score", lambda history, candidates: np.full(len(candidates), 3.0))
-    assert score_pairs(recommender, pairs_of(("a", 14, 0)), log).columns == ["score"]
+    rates: Any = SimpleNamespace(
+        artifact=dataclasses.replace(recommender.artifact, task="rating"),
+        catalogue=recommender.catalogue,
+        score=lambda history, candidates: np.full(len(candidates), 3.0),
+    )
+    found = score_pairs(rates, pairs_of(("a", 14, 0)), log)
+    assert (found.columns, found["score"].to_list()) == (["score"], [3.0])
 
 
 def test_no_pairs(recommender: Recommender, log: Histories) -> None:

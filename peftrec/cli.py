@@ -90,6 +90,33 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(verb=_recommend)
 
     verb = verbs.add_parser(
+        "score", help="score a table of pairs (user, item) of any size; a killed run is continued by the same command"
+    )
+    verb.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter (RUN/adapter)")
+    verb.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help="Parquet, CSV or JSONL with user_id, item_id and maybe timestamp; other columns are kept",
+    )
+    verb.add_argument(
+        "--output", required=True, metavar="FOLDER", help="for the scores: new, or that of the same command"
+    )
+    verb.add_argument(
+        "--history",
+        metavar="FILE",
+        help="log with user_id, item_id, label or rating, and timestamp; a pair knows what came before its own time",
+    )
+    verb.add_argument("--items", metavar="FILE", help="items table (default: that of the adapter's named data set)")
+    verb.add_argument(
+        "--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="names in these tables: item_id=movieId"
+    )
+    verb.add_argument("--base-model", metavar="MODEL", help="folder or Hub id to use as base model instead")
+    verb.add_argument("--no-prior", action="store_true", help="leave the saved prior out of the scores")
+    verb.add_argument("--part-rows", type=int, default=4096, metavar="N", help="rows of a part (default: 4096)")
+    verb.set_defaults(verb=_score)
+
+    verb = verbs.add_parser(
         "evaluate", help="compute every metric of a run again from its predictions; no model needed"
     )
     verb.add_argument("run", metavar="RUN", help="folder of a finished run")
@@ -282,6 +309,33 @@ def _as_json(recommender: Recommender, history: list[str], best: list[Recommenda
         for one in best
     ]
     print(json.dumps({"history": events, "recommended": ranked}, indent=2, ensure_ascii=False))
+
+
+# --- score ------------------------------------------------------------------------------------------------------------
+
+
+def _score(given: argparse.Namespace) -> None:
+    columns = dict(_pair(text) for text in given.columns)
+    from peftrec import scoring
+
+    job = scoring.Job(
+        adapter=given.adapter,
+        input=given.input,
+        output=given.output,
+        history=given.history,
+        items=given.items,
+        columns=columns,
+        base_model=given.base_model,
+        prior=not given.no_prior,
+        part_rows=given.part_rows,
+    )
+    done = scoring.score_table(job)
+    if done.scored:
+        print(f"scored {done.scored:,} pairs in {done.seconds:.1f} seconds, {done.scored / done.seconds:.1f} a second")
+    if done.complete:
+        print(
+            f"{given.output}: complete, {done.rows:,} rows in {done.parts:,} parts; read {given.output}/{scoring.PARTS}"
+        )
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------

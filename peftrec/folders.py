@@ -45,7 +45,7 @@ def replace(target: Path, files: Mapping[str, Path], hashes: Mapping[str, str]) 
                 shutil.copyfile(file, copy)
                 with copy.open("rb+") as written:
                     os.fsync(written.fileno())
-                if _sha256(copy) != hashes[path]:
+                if sha256(copy) != hashes[path]:
                     raise HubError(f"{file}: changed while it was copied; nothing was published: push again")
             _swap(new, target)
     except OSError as error:
@@ -63,10 +63,11 @@ def _holds(target: Path, hashes: Mapping[str, str]) -> bool:
     if artifact.FILE not in found or others:
         what = others[0].partition(":")[0] if others else f"no {artifact.FILE}"
         raise HubError(f"{target}: holds other things than an adapter ({what}); choose another folder")
-    return found.keys() == hashes.keys() and all(_sha256(file) == hashes[path] for path, file in found.items())
+    return found.keys() == hashes.keys() and all(sha256(file) == hashes[path] for path, file in found.items())
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The hash of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as opened:
         while block := opened.read(1 << 20):

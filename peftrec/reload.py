@@ -37,8 +37,9 @@ def scores(folder: str | Path, base_model: str | Path | None = None) -> list[flo
     found = []
     for probe in about.probes:
         events = [Event(_item(text), answer) for text, answer in probe.history]
-        (score,) = recommender._score_items(events, [_item(probe.candidate)], user="")
-        found.append(float(score))
+        found += recommender._score_items(events, [_item(probe.candidate)], user="").tolist()
+    for one in about.record_probes:
+        found += recommender.score([], [one.record]).tolist()
     return found
 
 

@@ -11,107 +11,25 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hub_helpers import ABOUT, CARD, REPO, contents_of, safetensors, send, write_adapter
 from hub_server import OTHER, READ, WRITE, Fault, HubServer
-from huggingface_hub import close_session, constants, file_download
-from huggingface_hub.utils import _http, disable_progress_bars, enable_progress_bars
+from huggingface_hub import constants
 
-from peftrec import artifact, contents, hub
-from peftrec.artifact import Artifact, Base, Probe, PromptFormat, Source
-from peftrec.baselines import Prior
+from peftrec import artifact, folders, hub, hub_push
+from peftrec.artifact import Probe
 from peftrec.contents import check_folder
 from peftrec.errors import HubError
 from peftrec.hub import pull, push
-
-ABOUT = Artifact(
-    prompt=PromptFormat(
-        layout="timeline",
-        header="Rated:\n",
-        item="{title}",
-        answers=[" no", " yes"],
-        answer_ids=[5, 6],
-        max_tokens=64,
-        max_item_tokens=8,
-    ),
-    base_model=Base(name="ns/tiny", hub_id="ns/tiny", fingerprint="f" * 64, parameters=10, dtype="float32"),
-    data=Source(name="ml-100k", sha256="a" * 64),
-    peftrec_version="0.1.0",
-    like_at=4.0,
-    probes=[Probe([("Heat", 1)], "Babe", 0.25)],
-)
-CARD = "---\nlicense: apache-2.0\nlibrary_name: peft\ntags:\n- recommendation\n---\n# Films\n"
-PNG = b"\x89PNG\r\n\x1a\n" + bytes(40)
-REPO = "me/films"
-
-
-def safetensors(value: int = 0, floats: int = 4096) -> bytes:
-    data = bytes([value]) * (4 * floats)
-    header = json.dumps({"a": {"dtype": "F32", "shape": [floats], "data_offsets": [0, len(data)]}}).encode()
-    return len(header).to_bytes(8, "little") + header + data
-
-
-def write_adapter(folder: Path, value: int = 0) -> Path:
-    """What a run saves, in small; `value` makes it another one."""
-    (folder / "figures").mkdir(parents=True)
-    artifact.write(folder, dataclasses.replace(ABOUT, seed=value), Prior(0.5, {"1": 0.25}, 3.0))
-    config = {"peft_type": "LORA", "base_model_name_or_path": "ns/tiny", "auto_mapping": None, "r": 8 + value}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    (folder / "adapter_model.safetensors").write_bytes(safetensors(value))
-    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"/home/": 1, "a@b.co": 2}}}))
-    (folder / "README.md").write_text(CARD + f"{value}\n")
-    (folder / "figures" / "calibration.png").write_bytes(PNG)
-    return folder
-
-
-def contents_of(folder: Path) -> dict[str, bytes]:
-    return {path: file.read_bytes() for path, file in contents.list_files(folder)[0].items()}
-
-
-def send(folder: Path, repo_id: str = REPO, **how: Any) -> hub.Published:
-    """`push` by somebody who may, without the reload: these adapters have no base model."""
-    return push(folder, repo_id, **{"token": WRITE, "reload_check": lambda _: None, **how})
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return write_adapter(tmp_path / "adapter")
 
 
 @pytest.fixture
 def changed(tmp_path: Path) -> Path:
     return write_adapter(tmp_path / "changed", 1)
-
-
-@pytest.fixture
-def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that were slept; nobody does."""
-    found: list[float] = []
-    for module in (hub, _http, file_download):
-        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=found.append))
-    return found
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slept: list[float]) -> Iterator[HubServer]:
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    disable_progress_bars()
-    with HubServer() as running:
-        # As HF_ENDPOINT, HF_HUB_CACHE, HF_HUB_DISABLE_XET and no HF_HUB_OFFLINE would say, had they been set at import.
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        yield running
-        close_session()
-    enable_progress_bars()
 
 
 # --- there and back ---------------------------------------------------------------------------------------------------
@@ -137,7 +55,7 @@ def test_the_same_again_is_no_commit(server: HubServer, adapter: Path) -> None:
     first = send(adapter)
     server.log.clear()
     again = send(adapter)
-    assert dataclasses.replace(again, changed=True) == first
+    assert dataclasses.replace(again, changed=True, difference=first.difference) == first
     assert not again.changed
     assert len(server.commits(REPO)) == 2
     assert not [line for line in server.log if "/commit/" in line or line.startswith("PUT")]
@@ -429,7 +347,7 @@ def test_slow_bytes_and_cut_downloads(server: HubServer, adapter: Path, tmp_path
     server.fail("GET .*/resolve/.*safetensors", delay=0.01, piece=2000)
     server.fail("GET .*/resolve/.*safetensors", cut_answer=5000)
     for name in ("slow", "cut"):
-        folder = pull(REPO, token=WRITE, local_dir=tmp_path / name)
+        folder = pull(REPO, token=WRITE, local_dir=tmp_path / name, cache_dir=tmp_path / f"cache-{name}")
         assert contents_of(folder) == contents_of(adapter)
     assert server.faults == []
 
@@ -534,7 +452,7 @@ def test_an_interrupted_write_leaves_the_old_folder(
     if not exchange:
         monkeypatch.setattr("peftrec.folders._exchange", lambda new, target: False)
     full = OSError(28, "No space left on device")
-    rename, copy = Path.rename, hub.folders.shutil.copyfile
+    rename, copy = Path.rename, folders.shutil.copyfile
 
     def failing(self: Path, to: Path) -> Path:
         if self.name == "new":
@@ -826,7 +744,7 @@ def test_push_reloads_by_default_and_pulled_scores_are_equal(
     from peftrec import reload
 
     asked: list[Path] = []
-    monkeypatch.setattr(hub, "check_reload", asked.append)
+    monkeypatch.setattr(hub_push, "check_reload", asked.append)
     push(real_adapter, REPO, token=WRITE)
     assert asked == [real_adapter]
     folder = pull(REPO, token=WRITE)

@@ -193,14 +193,7 @@ def _summary(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "eval", f"{recipe.eval.history} history, baselines: {', '.join(recipe.eval.baselines) or 'none'}"
     yield "output", recipe.output_dir
     if recipe.hub.push:
-        seen = (
-            ""
-            if recipe.hub.repo_id.startswith(config.FILE_TARGET)
-            else ", private"
-            if recipe.hub.private
-            else ", public"
-        )
-        yield "hub", f"pushed to {recipe.hub.repo_id}{seen}"
+        yield "hub", f"pushed to {recipe.hub.repo_id}, {'private' if recipe.hub.private else 'public'} if it is new"
 
 
 # --- datasets ---------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def list_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
             path = file.relative_to(folder).as_posix()
             if top and name in NEUTRAL:
                 continue
-            problem = check_path(path) or _check_link(path, file, whole)
+            problem = check_path(path) or _check_letters(path) or _check_link(path, file, whole)
             if problem is None and kind_of(path) is None:
                 what = "a format that can run code" if PICKLES.search(path) else "not a file of an adapter"
                 problem = f"{path}: {what}; expected safetensors, JSON, Markdown, PNG, tokenizer files; remove it"
@@ -132,6 +132,11 @@ def check_path(path: str) -> str | None:
     return None
 
 
+def _check_letters(path: str) -> str | None:
+    """Letters that look like others make names that are not what they seem."""
+    return None if path.isascii() else f"{show(path)}: letters beyond ASCII; expected an adapter's file; rename it"
+
+
 def check_remote(sizes: Mapping[str, int]) -> list[str]:
     """What speaks against downloading from a repository, by the paths and sizes (bytes) of its files."""
     problems = []
@@ -146,8 +151,7 @@ def check_remote(sizes: Mapping[str, int]) -> list[str]:
         twin = folded.setdefault(unicodedata.normalize("NFKC", path).casefold(), path)
         if problem is None and kind_of(path) is not None:
             problem = check_size(path, size) if twin == path else f"{path}: differs from {twin} by case only"
-            if not path.isascii():
-                problem = f"{show(path)}: letters beyond ASCII; expected the name of an adapter's file; rename it"
+            problem = problem or _check_letters(path)
         if problem:
             problems.append(problem)
     problems += [f"{name}: missing; expected an adapter that peftrec pushed" for name in _missing(sizes)]

@@ -59,4 +59,4 @@ def contents_of(folder: Path) -> dict[str, bytes]:
 
 def send(folder: Path, repo_id: str = REPO, **how: Any) -> hub.Published:
     """`push` by somebody who may, without the reload: these adapters have no base model."""
-    return push(folder, repo_id, **{"token": WRITE, "reload_check": lambda _: None, **how})
+    return hub.push(folder, repo_id, **{"token": WRITE, "reload_check": lambda _: None, **how})

@@ -129,4 +129,4 @@ def _check_pulled(repo_id: str, folder: Path, there: Mapping[str, RepoFile]) -> 
 def _forget(folder: Path, cache_dir: str | Path | None) -> None:
     """Take a revision out of the cache, with the files that no other one has."""
     with suppress(CacheNotFound):
-        scan_cache_dir(cache_dir).delete_revisions(folder.name).execute()
+        scan_cache_dir(cache_dir or constants.HF_HUB_CACHE).delete_revisions(folder.name).execute()

@@ -34,7 +34,12 @@ def scores(folder: str | Path, base_model: str | Path | None = None) -> list[flo
     names = dict.fromkeys(["item_id", *config.placeholders(about.prompt.item)])
     empty = pl.DataFrame(schema=dict.fromkeys(names, pl.String))
     recommender = Recommender.from_pretrained(folder, items=empty, base_model=base_model, dtype="float32", prior=False)
-    found = []
+    return answers(about, recommender)
+
+
+def answers(about: artifact.Artifact, recommender: Recommender) -> list[float]:
+    """What a recommender answers to the probes of `about`, in their order."""
+    found: list[float] = []
     for probe in about.probes:
         events = [Event(_item(text), answer) for text, answer in probe.history]
         found += recommender._score_items(events, [_item(probe.candidate)], user="").tolist()

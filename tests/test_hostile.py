@@ -217,11 +217,13 @@ def test_every_hostile_repository_is_refused(server: HubServer, tmp_path: Path) 
     for number, (change, message) in enumerate(HOSTILE.values()):
         folder = write_adapter(tmp_path / str(number))
         change(folder)
-        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        there = (path for path in folder.rglob("*") if path.is_file())
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in there}
         repositories[f"evil/content-{number}"] = files, message
     for number, (name, message) in enumerate(NAMES.items()):
         repositories[f"evil/name-{number}"] = {**good, name: b"{}"}, message
-    repositories["evil/many"] = {**good, **{f"{number}.txt": b"" for number in range(10_001)}}, "more than 10,000 files"
+    many = {f"{number}.txt": b"" for number in range(10_001)}
+    repositories["evil/many"] = {**good, **many}, "more than 10,000 files"
     repositories["evil/nothing"] = {"README.md": b"# x"}, r"peftrec\.json: missing"
     assert len(repositories) > 60
     for repo_id, (files, message) in repositories.items():

@@ -196,7 +196,7 @@ PATHS = (
 NAMES = {
     **dict.fromkeys(PATHS, "a path that could leave the folder"),
     "Peftrec.json": r"peftrec\.json: differs from Peftrec\.json by case only",
-    "\uff52eadme.md": "letters beyond ASCII",
+    "n\u043etes.md": "letters beyond ASCII",
 }
 """A further file of a repository, and what is said of it."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -247,3 +249,29 @@ def test_a_run_is_found_by_its_folder(adapter: Path, tmp_path: Path) -> None:
     assert hub.info(tmp_path / "run").about.data == ABOUT.data
     with pytest.raises(HubError, match="no such folder; expected RUN/adapter of a finished run"):
         send(tmp_path / "nothing")
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_does_what_it_says(
+    server: HubServer,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[..., tuple[int, str, str]],
+) -> None:
+    """Every command of docs/publishing.md in its order, then its Python."""
+    page = (Path(__file__).parents[1] / "docs" / "publishing.md").read_text(encoding="utf-8")
+    shutil.copytree(adapter, tmp_path / "here" / "runs" / "films" / "adapter")
+    monkeypatch.chdir(tmp_path / "here")
+    blocks = re.findall(r"^```sh\n(.*?)^```", page, re.S | re.M)
+    commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    assert {words[1] for words in commands} == {"push", "pull", "info", "list"}
+    for words in commands:
+        assert run(*words[1:])[0] == 0, words
+    assert contents_of(Path("films")) == contents_of(Path("mine")) == contents_of(adapter) == server.files(REPO, "v1")
+    monkeypatch.setattr(hub_push, "check_reload", lambda folder: 0.0)
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    exec(compile(code, "page", "exec"), {})
+    assert len(server.commits(REPO)) == 2  # there already

@@ -35,6 +35,7 @@ ORDER = (
     "baselines",
     "factors",
     "rating_baselines",
+    "click_factors",
     "classical",
     "opponents",
     "target",

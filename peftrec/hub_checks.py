@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,9 @@ from peftrec.hub_client import one_line
 
 TOLERANCE = 1e-4
 """How far a reloaded score may be from the recorded one: float32 on another number of threads."""
+
+LAUNCHED = re.compile(r"ACCELERATE_USE_(FSDP|DEEPSPEED)$|(LOCAL_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$")
+"""What a launcher tells the processes of one run."""
 
 
 def check_reload(
@@ -45,8 +50,12 @@ def check_reload(
         )
     command = [sys.executable, "-W", "ignore", "-m", "peftrec.reload", str(folder)]
     command += ["--base-model", str(base_model)] if base_model is not None else []
+    # At the end of a shared run this would take itself for one of its processes.
+    alone = {name: value for name, value in os.environ.items() if not LAUNCHED.match(name)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, env=alone
+        )
     except subprocess.TimeoutExpired:
         raise HubError(f"{folder}: not loaded within {timeout:g} s in a fresh process; try it alone") from None
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no message"]

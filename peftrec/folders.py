@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import shutil
 import sys
@@ -33,9 +34,7 @@ def replace(target: Path, files: Mapping[str, Content]) -> bool:
     """
     there = adapter_in(target)
     try:
-        if there.keys() == files.keys() and all(
-            Content.of(place).sha256 == files[path].sha256 for path, place in there.items()
-        ):
+        if there.keys() == files.keys() and all(sha256(place) == files[path].sha256 for path, place in there.items()):
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, hence on the same filesystem: a rename is atomic only there.
@@ -47,7 +46,7 @@ def replace(target: Path, files: Mapping[str, Content]) -> bool:
                 shutil.copyfile(file.place, copy)
                 with copy.open("rb+") as written:
                     os.fsync(written.fileno())
-                if Content.of(copy).sha256 != file.sha256:
+                if sha256(copy) != file.sha256:
                     raise HubError(f"{file.place}: changed while it was copied; nothing was published: push again")
             _swap(new, target)
     except OSError as error:
@@ -73,6 +72,15 @@ def adapter_in(target: Path) -> dict[str, Path]:
         what = others[0].partition(":")[0] if others else f"no {artifact.FILE}"
         raise HubError(f"{target}: holds other things than an adapter ({what}); choose another folder")
     return found
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _swap(new: Path, target: Path) -> None:

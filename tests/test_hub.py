@@ -526,7 +526,7 @@ def test_a_fresh_process_gets_the_recorded_scores(real_adapter: Path, tiny_llama
         with pytest.raises(HubError, match=r"does not load in a fresh process: .*nowhere"):
             hub.check_reload(real_adapter, base_model=tmp_path / "nowhere")
         artifact.write(real_adapter, dataclasses.replace(about, probes=[]), prior)
-        with pytest.raises(HubError, match=r"no probes to check the adapter by"):
+        with pytest.raises(HubError, match=r"no probes, which .* --config .*config\.yaml --overwrite$"):
             hub.check_reload(real_adapter)
     finally:
         artifact.write(real_adapter, about, prior)

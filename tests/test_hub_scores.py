@@ -76,7 +76,7 @@ def trained(base: Path, method: config.Adapter, head: str, folder: Path) -> tupl
         example=QUESTIONS[0],
         probes=[Probe(history, candidate, 0.0) for history, candidate in QUESTIONS],
     )
-    before = reload.answers(about, Recommender(about, model, loaded.tokenizer))
+    before = Recommender(about, model, loaded.tokenizer).probe_scores().tolist()
     folder.mkdir(parents=True)
     adapters.save(model, folder)
     loaded.tokenizer.save_pretrained(folder)

@@ -78,8 +78,12 @@ ORDER = (
     "hub_pull",
     "hub_info",
     "hub",
+    "loaded_adapter",
+    "loading",
     "recommender",
     "reload",
+    "space_app",
+    "space",
     "cli",
     "__main__",
 )

@@ -82,7 +82,9 @@ def test_what_is_allowed_and_how_much_is_told() -> None:
     assert lines[-1] == "README.md: the ids of 95 more users of the data; remove them"
 
 
-@given(st.integers(0, 10**9), st.sampled_from(["{} users", "seed {}", "{} bytes", "0.{}", "| {} |", "step {}, loss"]))
+@given(
+    st.integers(0, 10**9 - 1), st.sampled_from(["{} users", "seed {}", "{} bytes", "0.{}", "| {} |", "step {}, loss"])
+)
 def test_numbers_are_no_ids(number: int, text: str) -> None:
     """Whatever the ids are: a number that counts something raises no alarm."""
     assert names(text.format(number), watch=Watch(users=frozenset({str(number)}))) == []

@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from peftrec import artifact, backbone, contents, processes, tables
+from peftrec import artifact, backbone, file_checks, processes, tables
 from peftrec.errors import DataError, PeftrecError
 from peftrec.folders import sha256
 from peftrec.pairs import Known, score_pairs
@@ -300,7 +300,7 @@ def _open(folder: Path, lock: FileLock) -> None:
 def _facts(job: Job) -> dict[str, Any]:
     """What makes this job the same as another one: contents and settings, wherever the files lie."""
     adapter = Path(job.adapter)
-    names = (*contents.WEIGHTS, contents.CONFIG, artifact.FILE, artifact.PRIOR_FILE)
+    names = (*file_checks.WEIGHTS, file_checks.CONFIG, artifact.FILE, artifact.PRIOR_FILE)
     return {
         "adapter": {name: sha256(adapter / name) for name in names if (adapter / name).is_file()},
         "input": _hash(job.input),

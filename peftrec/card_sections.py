@@ -16,7 +16,7 @@ from peftrec.bootstrap import Interval
 from peftrec.card_facts import Facts, File, public_warnings
 from peftrec.card_text import inline
 from peftrec.config import Recipe
-from peftrec.looks import shown
+from peftrec.looks import FLAT, shown
 from peftrec.metrics import HEADLINE, LOWER_IS_BETTER
 from peftrec.record import BASE_MODEL, BASE_MODEL_NO_PRIOR, NO_PRIOR, RunRecord
 from peftrec.report import HEADINGS, LEADING, Comparison, Table, pipes
@@ -151,7 +151,7 @@ def worst_slice(comparison: Comparison) -> str:
     found: dict[str, Interval] = {
         name: own[f"{key}|{name}"]
         for name in comparison.sizes
-        if f"{key}|{name}" in own and math.isfinite(own[f"{key}|{name}"].point)
+        if "=" not in name and f"{key}|{name}" in own and math.isfinite(own[f"{key}|{name}"].point)
     }
     if key not in own or not found:
         return ""
@@ -163,6 +163,32 @@ def worst_slice(comparison: Comparison) -> str:
         f"It serves the slice {worst} worst: {HEADINGS[metric]} {report.cell(found[worst], interval=True)} on "
         f"{size.rows:,} rows of {size.users:,} users, against {report.cell(own[key])} on all."
     )
+
+
+def groups_served(comparison: Comparison) -> Iterator[str]:
+    """For each column of the users table the group that is served worst, beside the best."""
+    metric = HEADLINE[comparison.task]
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    own = comparison.intervals[comparison.ours]
+    found: dict[str, dict[str, Interval]] = {}
+    for name in comparison.sizes:
+        column, _, group = name.partition("=")
+        one = own.get(f"{comparison.split}/{metric}|{name}")
+        if group and one is not None and math.isfinite(one.point):
+            found.setdefault(column, {})[group] = one
+    for column, groups in found.items():
+        ordered = sorted(groups, key=lambda group: sign * groups[group].point)
+        if len(ordered) < 2:
+            continue
+        worst, best = groups[ordered[0]], groups[ordered[-1]]
+        size = comparison.sizes[f"{column}={ordered[0]}"]
+        apart = worst.high < best.low or best.high < worst.low
+        yield (
+            f"By {inline(column)} it serves the group {inline(ordered[0])} worst: {HEADINGS[metric]} "
+            f"{report.cell(worst, interval=True)} on {size.rows:,} rows of {size.users:,} users, against "
+            f"{report.cell(best, interval=True)} for {inline(ordered[-1])}"
+            + ("." if apart else "; the intervals overlap.")
+        )
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -328,7 +354,7 @@ def versions(found: Mapping[str, str | None]) -> str:
 
 def limits(facts: Facts, comparison: Comparison) -> list[str]:
     """What the run itself shows of limits and risks, a sentence or two each."""
-    return [*_unseen(facts, comparison), *verdicts(comparison), *_served(comparison), *_asked(facts)]
+    return [*_unseen(facts, comparison), *verdicts(comparison), *_served(comparison), *_chosen(facts), *_asked(facts)]
 
 
 def _unseen(facts: Facts, comparison: Comparison) -> Iterator[str]:
@@ -353,12 +379,37 @@ def _unseen(facts: Facts, comparison: Comparison) -> Iterator[str]:
 def _served(comparison: Comparison) -> Iterator[str]:
     if text := worst_slice(comparison):
         yield text
+    yield from groups_served(comparison)
     popular, tail = (comparison.sizes.get(name) for name in ("popular", "tail"))
     if comparison.task == "click" and popular and tail and popular.rows and tail.rows:
         yield (
             f"In the test {popular.total / popular.rows:.0%} of the rows on popular items are likes, of those on the "
             f"tail {tail.total / tail.rows:.0%}: what is popular is favoured already by the data."
         )
+
+
+def _chosen(facts: Facts) -> Iterator[str]:
+    """How popular the best-scored items are, and how many items these are."""
+    found = facts.record.exposure
+    if not found:
+        return
+    (_, ours), *others = found["scorers"].items()
+    lift, low, high = (ours[key] for key in ("lift", "low", "high"))
+    judged = ""
+    if low is not None and high is not None:
+        what = "favours" if low > 0 else "avoids" if high < 0 else "neither favours nor avoids for certain"
+        judged = f": it {what} what is popular ({100 * lift:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}])"
+    shares = ", ".join(f"{shown(other)} {one['head']:.0%}" for other, one in others if other not in (*_OWN, *FLAT))
+    yield (
+        f"Of the ten best-scored test rows of each of {found['users']:,} users, {ours['head']:.0%} are of the "
+        f"{found['head']:,} most popular items (a tenth), which are {found['head_in_candidates']:.0%} of these users' "
+        f"test rows and {found['head_in_log']:.0%} of the training events{judged}."
+        + (f" The others: {shares}." if shares else "")
+    )
+    yield (
+        f"These {found['places']:,} places go to {ours['items']:,} different items, of the {found['candidates']:,} in "
+        f"these test rows and the {found['items']:,} in the catalogue ({ours['items'] / found['items']:.1%})."
+    )
 
 
 def _asked(facts: Facts) -> Iterator[str]:

@@ -42,9 +42,15 @@ def fenced(text: str, language: str) -> str:
 
 
 def literal(value: object) -> str:
-    """A Python expression for text, numbers and lists of these, on one line."""
+    """A Python expression for text, numbers and lists of these, on one line; texts in double quotes if possible."""
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(literal(one) for one in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    written = repr(value)
+    if isinstance(value, str) and '"' not in value and "'" not in value:
+        written = f'"{written[1:-1]}"'
     # Within Python's quotes this escape is the hyphen itself.
-    return repr(value).replace("<!--", "<!\\x2d-")
+    return written.replace("<!--", "<!\\x2d-")
 
 
 def inert(text: str) -> str:

@@ -26,6 +26,7 @@ from peftrec import (
     artifact,
     backbone,
     baselines,
+    card,
     config,
     encode,
     figures,
@@ -42,8 +43,10 @@ from peftrec import (
     virtual_tokens,
 )
 from peftrec.errors import ConfigError, DataError, as_one_line
+from peftrec.exposure import exposure
 from peftrec.recommender import Recommender
 from peftrec.target import Target, fit_target
+from peftrec.user_groups import user_groups
 
 PROBES = 8  # questions whose scores are saved with the adapter
 MOST_CANDIDATES = {"timeline": 2000, "pointwise": 50}  # ranked at the end for one person; a prompt each is slow
@@ -70,7 +73,7 @@ def main() -> None:
         say(f"warning: {mistake}")
 
     # Data: tables -> one log of events, each in one split.
-    data = interactions.load(recipe.data, recipe.seed, recipe.task, with_users=recipe.prompt.user is not None)
+    data = interactions.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
     log = split.split(data, recipe.data.split, recipe.seed)
     for warning in data.warnings:
         say(f"warning: {warning}")
@@ -185,6 +188,7 @@ def main() -> None:
         prior=prior,
         base_score=None if base_outputs is None else target.measure(base_outputs)[0],
         baselines={name: scores[rows] for name, scores in known.scores.items()},
+        groups=None if log.users is None else user_groups(log.users, recipe.eval.user_groups),
     )
     record.write_predictions(folder, table)
     comparison = report.compare_predictions(table, recipe, scale=log.scale)
@@ -240,6 +244,13 @@ def main() -> None:
                 "settings": known.settings,
             },
             hardware=record.hardware(backbone.accelerators()),
+            exposure=exposure(
+                log,
+                rows,
+                record.scorers(table, trained=fitted is not None),
+                resamples=recipe.eval.bootstrap,
+                seed=recipe.seed,
+            ),
             seed=recipe.seed,
         ),
     )
@@ -250,6 +261,9 @@ def main() -> None:
     if about is not None and log.prompts is None:
         del model, loaded
         _probe(folder / "adapter", about, known, encoder, log, recipe)
+    if about is not None:
+        _write_card(folder)
+    if about is not None and log.prompts is None:
         _recommend(folder / "adapter", log, recipe)
     print(f"\neverything is in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
@@ -296,7 +310,7 @@ def _may_begin(folder: Path, recipe: config.Recipe, *, resume: bool, overwrite: 
 def _prepare(folder: Path, recipe: config.Recipe, *, resume: bool) -> None:
     """The run folder as training expects it: with `resume` as it was left, otherwise without an earlier run's files."""
     if not resume:
-        for name in ("run.json", "predictions.parquet"):
+        for name in ("run.json", "predictions.parquet", "card.yaml"):
             (folder / name).unlink(missing_ok=True)
         for name in ("checkpoints", "figures", "adapter", "logs"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -337,6 +351,14 @@ def _probe(
         (score,) = recommender.score(told, [candidate])
         probes.append(artifact.Probe(history, candidate, float(score)))
     artifact.write(folder, dataclasses.replace(about, probes=probes), known.saved_prior)
+
+
+def _write_card(folder: Path) -> None:
+    try:
+        card.write(folder)
+    except Exception as error:  # whatever it is, the run is not lost for it
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"warning: no model card ({reason}); the run is complete; peftrec card {folder} tries again")
 
 
 def _recommend(folder: Path, log: split.Log, recipe: config.Recipe) -> None:

@@ -50,7 +50,6 @@ def check_folder(run: Path) -> record.RunRecord:
     """Everything that a run promises is there, and the predictions alone give the same figures again."""
     assert {path.name for path in run.iterdir()} == FOLDER
     assert {path.name for path in (run / "adapter").iterdir()} >= ADAPTER
-    assert not (run / "adapter" / "README.md").exists()
     found = record.read_record(run)
     again = report.compare_run(run).facts()
     assert again["metrics"].keys() == found.metrics.keys()

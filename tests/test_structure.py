@@ -30,6 +30,8 @@ ORDER = (
     "split",
     "prompts",
     "ranking",
+    "user_groups",
+    "exposure",
     "metrics",
     "bootstrap",
     "baselines",

@@ -33,7 +33,7 @@ from peftrec.card_facts import (
     recipe_of,
 )
 from peftrec.card_metadata import KEYS, metadata
-from peftrec.card_text import code, fenced, inert, inline, literal, replace_regions, tidy
+from peftrec.card_text import code, fenced, inert, inline, literal, pieces, replace_regions, tidy, unbroken
 from peftrec.config import Author, placeholders
 from peftrec.errors import DataError, PeftrecError
 from peftrec.record import atomic
@@ -155,6 +155,7 @@ def _template() -> jinja2.Template:
         autoescape=False,
     )
     environment.filters |= {"inline": inline, "code": code, "fenced": fenced, "literal": literal, "inert": inert}
+    environment.filters["pieces"] = pieces
     source = (files("peftrec") / TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source)
 
@@ -191,7 +192,7 @@ def _context(facts: Facts, author: Author, name: str, repo_id: str | None) -> di
         "candidates": list(dict.fromkeys(one.candidate for one in about.probes)),
         "question": card_sections.question(about),
         # Its warnings stand with the limits, where data's own are.
-        "results": dataclasses.replace(comparison, warnings=()).markdown(),
+        "results": unbroken(dataclasses.replace(comparison, warnings=()).markdown()),
         "headline": card_sections.headline(comparison),
         "limits": card_sections.limits(facts, comparison),
         "sections": card_sections,

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from peftrec.errors import DataError
 
 _SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
+_LONGEST = 72
 _MARK = re.compile(r"^<!-- peftrec:([a-z_]+):(begin|end) -->[ \t]*$", re.M)
 
 
@@ -39,6 +40,22 @@ def fenced(text: str, language: str) -> str:
     content = inert(text).rstrip("\n")
     ticks = "`" * max(3, _longest_run(content) + 1)
     return f"{ticks}{language}\n{content}\n{ticks}"
+
+
+def unbroken(text: str) -> str:
+    """Markdown in which no line ends within an interval, `[0.720, 0.787]`: narrow tables stay low."""
+    return re.sub(r"(\[[+-]?[\d.]+), (?=[+-]?[\d.]+\])", "\\1,\u00a0", text)
+
+
+def pieces(text: str) -> list[str]:
+    """The text in pieces of one line or less, none of them long if it has blanks."""
+    found = []
+    for line in text.splitlines(keepends=True):
+        while len(line) > _LONGEST and (cut := line.rfind(" ", 1, _LONGEST) + 1 or line.find(" ") + 1):
+            found.append(line[:cut])
+            line = line[cut:]
+        found += [line] if line else []
+    return found or [text]
 
 
 def literal(value: object) -> str:

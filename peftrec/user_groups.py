@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import polars as pl
@@ -31,8 +31,9 @@ def user_groups(users: pl.DataFrame, columns: Sequence[str]) -> dict[str, Bools]
     """
     found: dict[str, Bools] = {}
     for column in columns:
-        for name, members in _groups(users[column]).items():
+        for name, members in _groups(users[column]):
             key = f"{column}={name}"
+            # Two texts can look alike once they are plain.
             found[key] = found[key] | members if key in found else members
     return {key: members for key, members in found.items() if members.sum() >= LEAST_USERS}
 
@@ -42,19 +43,19 @@ def is_group(name: str, columns: Sequence[str]) -> bool:
     return any(name.startswith(f"{column}=") for column in columns)
 
 
-def _groups(column: pl.Series) -> dict[str, Bools]:
+def _groups(column: pl.Series) -> Iterator[tuple[str, Bools]]:
     known = column.is_not_null().to_numpy()
     numbers = column.cast(pl.Float64, strict=False)  # a table of one's own holds everything as text
     if numbers.null_count() > column.null_count() or numbers.n_unique() <= MOST_VALUES:
         texts = column.cast(pl.String)
-        return {
-            _plain(value): (texts == value).fill_null(False).to_numpy() for value in texts.drop_nulls().unique().sort()
-        }
+        for value in texts.drop_nulls().unique().sort():
+            yield _plain(value), (texts == value).fill_null(False).to_numpy()
+        return
     values = numbers.fill_null(0.0).to_numpy()
-    cuts = np.unique(np.quantile(values[known], [0.25, 0.5, 0.75]))
-    place = np.searchsorted(cuts, values, side="left")
-    groups = [known & (place == one) for one in range(len(cuts) + 1)]
-    return {f"{values[one].min():g} to {values[one].max():g}": one for one in groups if one.any()}
+    place = np.searchsorted(np.unique(np.quantile(values[known], [0.25, 0.5, 0.75])), values, side="left")
+    for one in np.unique(place[known]):
+        members = known & (place == one)
+        yield f"{values[members].min():g} to {values[members].max():g}", members
 
 
 def _plain(value: str) -> str:

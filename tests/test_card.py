@@ -32,7 +32,13 @@ from peftrec.record import RunRecord
 from peftrec.report import compare_record
 
 CARDS = Path(__file__).parents[1] / "model_cards"
-SHIPPED = ("ml-100k-click-lora-demo", "ml-100k-rating-5fold")
+SMOLLM2, MINILM = "HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2"
+SHIPPED = {
+    "ml-100k-click-lora-demo": SMOLLM2,
+    "ml-100k-click-lora": SMOLLM2,
+    "ml-100k-click-encoder": MINILM,
+    "ml-100k-rating-5fold": SMOLLM2,
+}
 NASTY = "<b>|`x`</b>\n| a | b |\n```\n<!-- peftrec:data:end -->\n## No [x](y) *z* $1$ www.a.b http://c.d e@f.g"
 
 RECIPE: dict[str, Any] = {
@@ -166,10 +172,11 @@ def test_the_hub_client_reads_the_metadata_back(name: str) -> None:
     assert isinstance(read.data, ModelCardData)
     assert read.data.to_dict() == head(page)
     assert read.data.library_name == "peft"
-    assert read.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert read.data.base_model == SHIPPED[name]
     assert read.data["base_model_relation"] == "adapter"
     assert (read.data.license, read.data.language, read.data.datasets) == ("apache-2.0", "en", ["ml-100k"])
-    assert (read.data.pipeline_tag, read.data.model_name) == ("text-generation", name)
+    does = "text-generation" if SHIPPED[name] == SMOLLM2 else "text-classification"
+    assert (read.data.pipeline_tag, read.data.model_name) == (does, name)
     assert read.data.tags == ["peftrec", "recommendation", f"{found.record.task}-prediction", "lora"]
     results = {}
     for one in read.data.eval_results or []:
@@ -186,7 +193,9 @@ def test_the_figures_in_the_page_are_those_of_the_run(name: str) -> None:
     recipe = config.parse_recipe(yaml.safe_load(found.recipe), "test")
     page = card.render(found)
     expected = compare_record(found.record, recipe).markdown()
-    assert expected.strip() in region(page, "results")
+    shown = region(page, "results")
+    assert "\u00a0" in shown
+    assert expected.strip() in shown.replace("\u00a0", " ")
     assert found.recipe.strip() in region(page, "training")
     for one in found.files:
         assert f"| {one.bytes:,} | {one.sha256} |" in region(page, "files")
@@ -643,7 +652,20 @@ def test_any_text_stays_where_it_is_put(text: str) -> None:
     assert not any(line.startswith(fence) for line in block[1:-1])
 
 
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(0, 200))
+def test_pieces_are_the_whole(text: str, words: int) -> None:
+    text += "some words " * words
+    found = card_text.pieces(text)
+    assert "".join(found) == text
+    for one in found:
+        assert len(one) <= 72 or " " not in one[:-1].lstrip(" ")
+
+
 def test_text_by_hand() -> None:
+    assert card_text.unbroken("0.1 [-0.5, 0.7] [a, b]") == "0.1 [-0.5,\u00a00.7] [a, b]"
+    assert card_text.pieces("a b\nc") == ["a b\n", "c"]
+    assert card_text.pieces("x" * 70 + " y z") == ["x" * 70 + " ", "y z"]
+    assert card_text.pieces("") == [""]
     assert card_text.inline("a|b\n<c> & `d`") == r"a\|b &lt;c&gt; &amp; \`d\`"
     assert card_text.code("a`b") == "``a`b``"
     assert card_text.code("`") == "`` ` ``"
@@ -898,7 +920,7 @@ def test_rendering_loads_no_torch_and_reads_no_network() -> None:
         "from pathlib import Path\n"
         "from peftrec.card import render\n"
         "from peftrec.card_facts import read_facts\n"
-        f"render(read_facts(Path({str(CARDS / SHIPPED[0])!r})))\n"
+        f"render(read_facts(Path({str(CARDS / next(iter(SHIPPED)))!r})))\n"
         "print(*sorted({'torch', 'transformers', 'peft'} & sys.modules.keys()))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CARDS.parent)

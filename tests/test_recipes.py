@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from peftrec import Recommender, config, record, report
+from peftrec import Recommender, artifact, assets, card, config, contents, record, report
 
 ROOT = Path(__file__).parents[1]
 FINETUNE = ROOT / "recipes" / "finetune.py"
@@ -46,10 +47,21 @@ def finetune(*arguments: Any, expect: int = 0) -> subprocess.CompletedProcess[st
     return done
 
 
+def check_card(run: Path) -> None:
+    """The adapter's folder is ready to be published, with its card and the figures that it shows."""
+    page = (run / "adapter/README.md").read_text(encoding="utf-8")
+    assert page == card.card_of(run)
+    shown = re.findall(r"\]\(figures/(.*?)\)", page)
+    assert set(shown) == {path.name for path in (run / "adapter/figures").iterdir()}
+    assert len(shown) >= 3
+    assert contents.check_folder(run / "adapter") == []
+
+
 def check_folder(run: Path) -> record.RunRecord:
     """Everything that a run promises is there, and the predictions alone give the same figures again."""
     assert {path.name for path in run.iterdir()} == FOLDER
     assert {path.name for path in (run / "adapter").iterdir()} >= ADAPTER
+    check_card(run)
     found = record.read_record(run)
     again = report.compare_run(run).facts()
     assert again["metrics"].keys() == found.metrics.keys()
@@ -88,6 +100,42 @@ def test_shipped_recipe_runs_two_steps(path: Path, tmp_path: Path) -> None:
     assert set(found.baselines) >= {"item_mean", "bias", "popularity", *(["mf"] if rates else untrained)}
     for words in ("user+item bias", f"{'RMSE' if rates else 'AUC'} by slice", "best of", "everything is in"):
         assert words in done.stdout
+    assert found.exposure["users"] >= 1
+    if path.stem in ("click_lora_demo", "click_encoder"):
+        check_plain_snippet(tmp_path / "run/adapter")
+
+
+def check_plain_snippet(adapter: Path) -> None:
+    """PEFT and transformers, the files of the card's folder and of the named wheels, and nothing of peftrec."""
+    about = artifact.read(adapter)
+    packaged = assets.MODELS[about.base_model.name]
+    place = Path(packaged.members[0]).parent if about.base_model.note else Path(str(packaged.hub_id))
+    (adapter / place).parent.mkdir(parents=True, exist_ok=True)
+    (adapter / place).symlink_to(assets.wheel_file(packaged).parent)
+    page = (adapter / "README.md").read_text(encoding="utf-8")
+    (snippet,) = [one for one in re.findall(r"^```python\n(.*?)^```", page, flags=re.S | re.M) if "PeftModel" in one]
+    code = f"{snippet}\nimport sys\nassert not any(name.startswith('peftrec') for name in sys.modules)\n"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=adapter,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) == pytest.approx(about.probes[0].score, abs=1e-4)
+
+
+def test_a_card_that_cannot_be_made_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("finetune", FINETUNE)
+    assert spec is not None
+    assert spec.loader is not None
+    finetune = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(finetune)
+    finetune._write_card(tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"warning: no model card ({tmp_path}/config.yaml: cannot be read;")
+    assert line.endswith(f"the run is complete; peftrec card {tmp_path} tries again")
 
 
 @pytest.fixture(scope="module")

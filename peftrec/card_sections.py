@@ -14,7 +14,7 @@ from peftrec import report
 from peftrec.artifact import Artifact, Probe
 from peftrec.bootstrap import Interval
 from peftrec.card_facts import Facts, File, public_warnings
-from peftrec.card_text import inline
+from peftrec.card_text import code, inline
 from peftrec.config import Recipe
 from peftrec.looks import FLAT, shown
 from peftrec.metrics import HEADLINE, LOWER_IS_BETTER
@@ -291,6 +291,12 @@ def effort(record: RunRecord) -> str:
             f"{train['steps']:,} steps ({train['events_per_second']:.1f} events, "
             f"{train['tokens_per_second']:,.0f} tokens a second)."
         )
+    if record.eval.get("rows") and record.eval.get("seconds"):
+        rows, seconds = record.eval["rows"], record.eval["seconds"]
+        words.append(
+            f"Scoring {rows:,} rows with their histories took {seconds:,.0f} seconds, {1000 * seconds / rows:,.0f} "
+            "milliseconds a row."
+        )
     if made_on := hardware(record.hardware):
         words.append(f"Hardware: {made_on}.")
     if adapter.get("trainable_parameters") and record.model.get("parameters"):
@@ -374,6 +380,7 @@ def _unseen(facts: Facts, comparison: Comparison) -> Iterator[str]:
     held_out = data.get("splits", {}).get("test", {}).get("rows", 0)
     if every < held_out:
         yield f"Figures are of {every:,} of the {held_out:,} test rows: those of some users, drawn by the seed."
+    yield f"It is one run, with seed {facts.record.seed}: how far figures move with the seed was not measured."
 
 
 def _served(comparison: Comparison) -> Iterator[str]:
@@ -434,5 +441,5 @@ def _asked(facts: Facts) -> Iterator[str]:
 
 
 def listing(files: Sequence[File]) -> str:
-    """A table of files with their sizes and hashes."""
-    return pipes([("file", "bytes", "SHA-256"), *((inline(one.name), f"{one.bytes:,}", one.sha256) for one in files)])
+    """The files with their sizes and hashes, a line each."""
+    return "\n".join(f"* {inline(one.name)}, {one.bytes:,} bytes: {code(one.sha256)}" for one in files)

@@ -198,7 +198,7 @@ def test_the_figures_in_the_page_are_those_of_the_run(name: str) -> None:
     assert expected.strip() in shown.replace("\u00a0", " ")
     assert found.recipe.strip() in region(page, "training")
     for one in found.files:
-        assert f"| {one.bytes:,} | {one.sha256} |" in region(page, "files")
+        assert f", {one.bytes:,} bytes: `{one.sha256}`\n" in region(page, "files")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -226,6 +226,7 @@ def test_what_the_run_shows_of_its_limits() -> None:
         in said
     )
     assert "* 2 of the 10 test rows (20.0%) are of items never trained on." in said
+    assert "* It is one run, with seed 13: how far figures move" in said
     assert "uauc" not in said
 
 
@@ -322,6 +323,26 @@ def test_the_example_is_a_real_question() -> None:
 @pytest.mark.parametrize(("score", "chance"), [(-800.0, "0%"), (800.0, "100%"), (np.log(3), "75%")])
 def test_chances(score: float, chance: str) -> None:
     assert f"a chance of {chance} that" in card_sections.meaning(about(), score)
+
+
+def test_effort() -> None:
+    assert card_sections.effort(measured()) == "Seed 13. Measured on 2026-11-22 (UTC)."
+    known = measured(
+        train={
+            **{"seconds": 60.0, "events": 1200, "tokens": 6000, "steps": 7},
+            **{"events_per_second": 20.0, "tokens_per_second": 100.0},
+        },
+        eval={"rows": 50, "seconds": 2.0},
+        adapter={"trainable_parameters": 20, "bytes": 1234},
+        model={"parameters": 1000, "quantization": "nf4"},
+        hardware={"cpu": "Z80", "cores": 1, "memory_gb": 0.5, "accelerators": ["H100", "H100"]},
+    )
+    assert card_sections.effort(known) == (
+        "1,200 events and 6,000 tokens in 60 seconds and 7 steps (20.0 events, 100 tokens a second). Scoring 50 rows "
+        "with their histories took 2 seconds, 40 milliseconds a row. Hardware: H100, H100, 1 core of Z80, 0.5 GB of "
+        "memory. Trained parameters: 20 (2.00% of the base model's), 1,234 bytes. The base model was quantized while "
+        "it trained: nf4. Seed 13. Measured on 2026-11-22 (UTC)."
+    )
 
 
 def test_the_training_log_marks_what_was_kept() -> None:
@@ -438,7 +459,7 @@ def test_all_weights_are_no_adapter() -> None:
     page = card.render(whole)
     assert (head(page)["library_name"], head(page)["base_model_relation"]) == ("peftrec", "finetune")
     assert "PeftModel" not in page
-    assert len(snippets(page)) == 1
+    assert [kind_of(one) for one in snippets(page)] == ["peftrec", "recommendation pipeline"]
 
 
 # --- an author's YAML -------------------------------------------------------------------------------------------------
@@ -592,7 +613,8 @@ def test_a_broken_card_is_refused(change: Any, message: str) -> None:
 def test_card_of_keeps_what_is_in_the_folder(tmp_path: Path) -> None:
     run = finished(tmp_path)
     page = card.card_of(run)
-    assert re.search(r"^\| peftrec.json \| [\d,]+ \| [0-9a-f]{64} \|$", region(page, "files"), flags=re.M)
+    assert re.search(r"^\* peftrec.json, [\d,]+ bytes: `[0-9a-f]{64}`$", region(page, "files"), flags=re.M)
+    assert "The 2 sample questions in `peftrec.json` were answered" in region(page, "files")
     path = run / "adapter" / "README.md"
     path.write_text(page.replace("# mine", "# Mine"), encoding="utf-8")
     assert "\n# Mine\n" in card.card_of(run)

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from peftrec import config
-from peftrec.baselines import Prior
 from peftrec.errors import ModelError
+from peftrec.opponents import SavedPrior, prior_from_json
 from peftrec.prompts import ANSWER_MARK, LINE_END, Codec, Kind, WholeText, with_user
-from peftrec.rating_baselines import RatingPrior
 from peftrec.schema import Check, Reader, show
 
 if TYPE_CHECKING:
@@ -228,7 +227,7 @@ def _public(name: str) -> str:
     return path.name if path.is_absolute() or path.exists() else name
 
 
-def write(folder: str | Path, artifact: Artifact, prior: Prior | RatingPrior | None) -> None:
+def write(folder: str | Path, artifact: Artifact, prior: SavedPrior | None) -> None:
     """Write `peftrec.json` and, where there is a prior, `prior.json`; each appears whole or not at all."""
     folder = Path(folder)
     if prior is not None:
@@ -309,7 +308,7 @@ def _probes(values: Any, answers: int, path: Path) -> list[Probe]:
         ) from None
 
 
-def read_prior(folder: str | Path, artifact: Artifact) -> Prior | RatingPrior | None:
+def read_prior(folder: str | Path, artifact: Artifact) -> SavedPrior | None:
     """The prior beside `peftrec.json`, or None where the adapter has none.
 
     Raises:
@@ -323,7 +322,7 @@ def read_prior(folder: str | Path, artifact: Artifact) -> Prior | RatingPrior | 
             f"{path}: no such file, though {FILE} names it; fetch the adapter again, or load without prior"
         )
     try:
-        return (RatingPrior if artifact.task == "rating" else Prior).from_json(_text(path))
+        return prior_from_json(artifact.task, _text(path))
     except (UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{path}: not JSON ({error}); fetch the adapter again") from None
 

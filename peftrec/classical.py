@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from peftrec.baselines import History, Ties
+from peftrec.baselines import History, Ties, platt
 from peftrec.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ _FIRST_FACTOR_PENALTY = 10.0
 _INTERCEPT_PENALTY = 4.0
 _USER_SHRINKAGE = 15  # events at zero, as in the library's own effects, which `item_knn` starts from
 _BLOCK = 1024
-_STEPS = 25
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def predict(
     for name in names:
         predicted, settings[name] = _FIT[name](library, known, seed)
         if task == "click":
-            slope, intercept = _calibration(predicted[known.valid], log.label[known.valid] == 1)
+            slope, intercept = platt(predicted[known.valid], log.label[known.valid] == 1)
             settings[name] |= {"slope": slope, "intercept": intercept}
             scores[name] = slope * predicted + intercept
         else:
@@ -376,20 +375,3 @@ def _check_size(name: str, known: _Known) -> None:
     for found, most, what in sizes[name]:
         if found > most:
             raise DataError(f"eval.baselines: {name} with {found:,} {what}; expected at most {most:,}; leave it out")
-
-
-def _calibration(predicted: Floats, liked: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """Slope and intercept that make log-odds of predicted labels (Platt's scaling), by Newton steps.
-
-    A Gaussian prior around `4 p - 2`, the tangent of the log-odds at an even chance, stands in where rows are few, all
-    of one kind, or perfectly told apart.
-    """
-    prior = np.array([4.0, -2.0])
-    design = np.stack([predicted, np.ones_like(predicted)], axis=1)
-    found = prior
-    for _ in range(_STEPS):
-        chance = 1 / (1 + np.exp(-np.clip(design @ found, -30, 30)))
-        gradient = (chance - liked) @ design + (found - prior)
-        curvature = (design * (chance * (1 - chance))[:, None]).T @ design + np.eye(2)
-        found = found - np.linalg.solve(curvature, gradient)
-    return float(found[0]), float(found[1])

@@ -262,7 +262,7 @@ class Score:
     loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
     """Of the answers' probabilities, or of the expected rating."""
     prior: Literal["none", "bias", "mf"] = "none"
-    """`bias`: the model learns what the closed-form user and item bias leaves over; `mf` (ratings): what matrix
+    """`bias`: the model learns what the closed-form user and item bias leaves over; `mf`: what matrix
     factorisation does."""
 
 
@@ -326,8 +326,8 @@ class Eval:
     baselines: Annotated[
         list[Literal["user_mean", "item_mean", "bias", "mf", "item_knn", "svd", "svdpp", "popularity"]], Distinct
     ] = field(default_factory=lambda: ["item_mean", "bias", "popularity"])
-    """Scorers reported beside the model. `user_mean` and `mf` (matrix factorisation by alternating least squares) are
-    for ratings; `item_knn`, `svd` and `svdpp` need the extra: pip install 'peftrec[baselines]'."""
+    """Scorers reported beside the model. `user_mean` is for ratings, `mf` is matrix factorisation by alternating least
+    squares; `item_knn`, `svd` and `svdpp` need the extra: pip install 'peftrec[baselines]'."""
     base_model: bool = True
     """Also score the base model without the adapter."""
     max_valid_rows: Count | None = None
@@ -565,11 +565,8 @@ def _task_conflicts(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], str]
     if recipe.task == "click":
         if recipe.score.loss == "squared_error":
             yield "score.loss", ("task",), "squared_error; clicks have no distances; set task: rating, or cross_entropy"
-        if recipe.score.prior == "mf":
-            yield "score.prior", ("task",), "mf; it factorises ratings; set task: rating, or the prior to bias"
-        for name in ("user_mean", "mf"):
-            if name in recipe.eval.baselines:
-                yield "eval.baselines", ("task",), f"{name}; it predicts ratings; set task: rating, or leave it out"
+        if "user_mean" in recipe.eval.baselines:
+            yield "eval.baselines", ("task",), "user_mean; it predicts ratings; set task: rating, or leave it out"
         if answers is not None and len(answers) != 2:
             text = f"{show(answers)}; expected two for clicks, first for not liked, then for liked"
             yield "prompt.answers", ("task",), text

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from peftrec import baselines, classical, rating_baselines
+from peftrec import baselines, classical, click_factors, rating_baselines
 from peftrec.baselines import Prior
+from peftrec.click_factors import ClickFactors
 from peftrec.rating_baselines import RatingPrior
 
 if TYPE_CHECKING:
     from peftrec.config import Recipe
     from peftrec.split import Log
+
+
+SavedPrior = Prior | ClickFactors | RatingPrior
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,19 @@ class Opponents:
 
     scores: dict[str, npt.NDArray[np.float64]]
     prior: npt.NDArray[np.float32] | None
-    saved_prior: Prior | RatingPrior | None
+    saved_prior: SavedPrior | None
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+def prior_from_json(task: Literal["click", "rating"], text: str) -> SavedPrior:
+    """The saved prior of an adapter for this task.
+
+    Raises:
+        ModelError: the text is none.
+    """
+    if task == "rating":
+        return RatingPrior.from_json(text)
+    return (ClickFactors if '"factors"' in text[:20] else Prior).from_json(text)
 
 
 def measure(log: Log, recipe: Recipe) -> Opponents:
@@ -50,11 +65,15 @@ def measure(log: Log, recipe: Recipe) -> Opponents:
     evaluation, kind = recipe.eval, recipe.score.prior
     classical.check(evaluation.baselines)
     wanted = dict.fromkeys((*evaluation.baselines, "global_mean", *(() if kind == "none" else (kind,))))
-    saved: Prior | RatingPrior | None = None
+    saved: SavedPrior | None = None
     if recipe.task == "click":
         clicks = baselines.predict(log, evaluation.history, evaluation.ties)
         found, settings = clicks.scores, dataclasses.asdict(clicks.shrinkage)
-        if kind != "none":
+        if "mf" in wanted and len(log.items):
+            mf = click_factors.predict(log, evaluation.history, evaluation.ties, recipe.train.order, seed=recipe.seed)
+            found, settings = {**found, "mf": mf.scores}, {**settings, "mf": mf.settings}
+            saved = mf.prior if kind == "mf" else None
+        if kind == "bias":
             saved = baselines.fit_prior(log, clicks.shrinkage)
     else:
         ratings = rating_baselines.predict(

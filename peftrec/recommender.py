@@ -18,11 +18,11 @@ import numpy.typing as npt
 import polars as pl
 
 from peftrec import adapters, artifact, backbone, config, scorer, virtual_tokens
-from peftrec.baselines import Prior
 from peftrec.catalogue import Catalogue, Item, read_history, read_items, read_ratings
 from peftrec.datasets import DATASETS
 from peftrec.encode import max_user_tokens, new_codec, prompt_windows, record_ids, templated_ids
 from peftrec.errors import ConfigError, DataError, ModelError
+from peftrec.opponents import SavedPrior
 from peftrec.prompts import ANSWER_MARK, Codec, Pieces, user_texts, with_user
 from peftrec.rating_baselines import RatingPrior
 from peftrec.schema import read_yaml
@@ -95,7 +95,7 @@ class Recommender:
         tokenizer: Any,
         *,
         items: Any = None,
-        prior: Prior | RatingPrior | None = None,
+        prior: SavedPrior | None = None,
     ) -> None:
         self.artifact, self.model, self.prior = about, model, prior
         self.prompt = about.prompt

@@ -131,7 +131,7 @@ def score_rows(
 
 
 @torch.inference_mode()
-def score_candidates(model: Any, history: np.ndarray, candidates: Pieces, *, chunk_tokens: int = 1024) -> np.ndarray:
+def score_candidates(model: Any, history: np.ndarray, candidates: Pieces, *, chunk_tokens: int = 512) -> np.ndarray:
     """Score candidates behind one history: the history is computed once, candidates do not see each other.
 
     Args:
@@ -139,7 +139,7 @@ def score_candidates(model: Any, history: np.ndarray, candidates: Pieces, *, chu
         history: token ids of header and past events, (L,); read in the order in which they stand, so that an event
             sees all events above it.
         candidates: each candidate's `{text}:` pieces.
-        chunk_tokens: candidate tokens in one forward.
+        chunk_tokens: candidate tokens in one forward; more cost more attention to candidates that are masked out.
 
     Returns:
         The head's outputs, (number of candidates, K).

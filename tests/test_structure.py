@@ -37,6 +37,7 @@ ORDER = (
     "baselines",
     "factors",
     "rating_baselines",
+    "click_factors",
     "classical",
     "opponents",
     "target",

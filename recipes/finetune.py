@@ -375,7 +375,9 @@ def _recommend(folder: Path, log: split.Log, recipe: config.Recipe) -> None:
     candidates = [ids[code] for code in popular[: MOST_CANDIDATES[recipe.prompt.layout]].tolist()]
     k = recipe.eval.recommend_k
     words = ["disliked", "liked"] if recipe.task == "click" else [f"{rating:g}" for rating in log.scale]
-    about = None if log.users is None else log.users.row(person, named=True)
+    about = None
+    if recipe.prompt.user is not None and log.users is not None:
+        about = log.users.row(person, named=True)
     best = recommender.rank(
         [(ids[log.item[row]], log.scale[log.label[row]]) for row in known], candidates, k=k, user=about
     )

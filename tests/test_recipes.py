@@ -149,6 +149,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     seconds = 1_000_000 + random.permutation(len(user)) // 3 * 60  # some share their second
     pl.DataFrame({"uid": user, "movieId": film, "stars": stars, "ts": seconds}).write_csv(folder / "ratings.csv")
     pl.DataFrame({"movieId": np.arange(30), "title": [f"Film {k}" for k in range(30)]}).write_csv(folder / "films.csv")
+    people = {"uid": np.arange(24), "job": ["cook", "baker"] * 12}
+    pl.DataFrame(people).write_csv(folder / "people.csv")
     lines = [
         {"instruction": "Will they like it?", "input": f"Film {f}", "output": "Yes." if s >= 4 else "No."}
         for f, s in zip(film.tolist(), stars.tolist(), strict=True)
@@ -181,7 +183,11 @@ COLUMNS = "columns: {user_id: uid, item_id: movieId, rating: stars, timestamp: t
     ("split", "prompt", "more"),
     [
         ("{kind: leave_last_out}", "overlap: 64", "history: frozen"),
-        ("{kind: kfold, folds: 4, valid: 0.2}", "overlap: 64, history: liked", "history: frozen"),
+        (
+            "{kind: kfold, folds: 4, valid: 0.2}",
+            "overlap: 64, history: liked",
+            "history: frozen, user_groups: [job]",
+        ),
         (
             "{kind: cold_item, valid: 0.2, test: 0.2}",
             'layout: pointwise, template: "{history}? {item}:"',
@@ -191,11 +197,14 @@ COLUMNS = "columns: {user_id: uid, item_id: movieId, rating: stars, timestamp: t
     ids=["leave_last_out", "kfold", "cold_item"],
 )
 def test_own_tables(tables: Path, tiny_llama_folder: Path, tmp_path: Path, split: str, prompt: str, more: str) -> None:
-    data = f"{{interactions: {tables}/ratings.csv, items: {tables}/films.csv, {COLUMNS}, split: {split}}}"
+    people = f"users: {tables}/people.csv, " if "user_groups" in more else ""
+    data = f"{{interactions: {tables}/ratings.csv, items: {tables}/films.csv, {people}{COLUMNS}, split: {split}}}"
     path = own_recipe(tables, tiny_llama_folder, tmp_path / "run", data=data, prompt=prompt, more=more)
     finetune("--config", path)
     found = check_folder(tmp_path / "run")
     assert found.data["rows"] == 480
+    assert [name for name in found.slices if "=" in name] == (["job=baker", "job=cook"] if people else [])
+    assert ("By job it serves the group" in (tmp_path / "run/adapter/README.md").read_text()) is bool(people)
     recommender = Recommender.from_pretrained(tmp_path / "run/adapter", items=tables / "films.csv", **FILM_COLUMNS)
     assert len(recommender.rank([("Film 1", 1)], k=3)) == 3
     table = record.read_predictions(tmp_path / "run")

@@ -389,10 +389,12 @@ def _served(comparison: Comparison) -> Iterator[str]:
     yield from groups_served(comparison)
     popular, tail = (comparison.sizes.get(name) for name in ("popular", "tail"))
     if comparison.task == "click" and popular and tail and popular.rows and tail.rows:
-        yield (
-            f"In the test {popular.total / popular.rows:.0%} of the rows on popular items are likes, of those on the "
-            f"tail {tail.total / tail.rows:.0%}: what is popular is favoured already by the data."
-        )
+        liked, rarely = popular.total / popular.rows, tail.total / tail.rows
+        if liked > rarely:
+            yield (
+                f"In the test {liked:.0%} of the rows on popular items are likes, of those on the tail {rarely:.0%}: what "
+                "is popular is favoured already by the data."
+            )
 
 
 def _chosen(facts: Facts) -> Iterator[str]:

@@ -290,6 +290,15 @@ def test_what_gets_the_best_places(low: float | None, high: float | None, judged
     )
 
 
+@pytest.mark.parametrize(("tail", "said"), [(2, True), (3, False), (4, False)])
+def test_what_is_popular_is_liked_more(tail: int, said: bool) -> None:
+    sizes = {"popular": {"rows": 8, "users": 3, "positives": 6}, "tail": {"rows": 4, "users": 2, "positives": tail}}
+    page = card.render(facts(record=measured(slices={"all": measured().slices["all"], **sizes})))
+    sentence = "* In the test 75% of the rows on popular items are likes, of those on the tail 50%: what is popular"
+    assert (sentence in region(page, "limits")) is said
+    assert ("In the test" in region(page, "limits")) is said
+
+
 def test_lower_is_better_for_errors() -> None:
     own = {"test/rmse": [0.85, 0.95], "test/rmse|tail": [0.9, 1.1], "test/rmse|popular": [0.7, 0.9]}
     rated = measured(

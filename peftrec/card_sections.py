@@ -392,8 +392,8 @@ def _served(comparison: Comparison) -> Iterator[str]:
         liked, rarely = popular.total / popular.rows, tail.total / tail.rows
         if liked > rarely:
             yield (
-                f"In the test {liked:.0%} of the rows on popular items are likes, of those on the tail {rarely:.0%}: what "
-                "is popular is favoured already by the data."
+                f"In the test {liked:.0%} of the rows on popular items are likes, of those on the tail {rarely:.0%}: "
+                "what is popular is favoured already by the data."
             )
 
 

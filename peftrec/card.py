@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from peftrec import card_sections, citations
+from peftrec import card_limits, card_sections, citations
 from peftrec.card_facts import (
     CARD,
     FIGURES,
@@ -194,6 +194,6 @@ def _context(facts: Facts, author: Author, name: str, repo_id: str | None) -> di
         # Its warnings stand with the limits, where data's own are.
         "results": unbroken(dataclasses.replace(comparison, warnings=()).markdown()),
         "headline": card_sections.headline(comparison),
-        "limits": card_sections.limits(facts, comparison),
+        "limits": card_limits.limits(facts, comparison),
         "sections": card_sections,
     }

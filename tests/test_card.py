@@ -22,7 +22,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftrec import card, card_sections, card_text, config, record
+from peftrec import card, card_limits, card_sections, card_text, config, record
 from peftrec.artifact import Artifact, Base, Probe, PromptFormat, Source
 from peftrec.card_facts import Facts, File, is_local, public_recipe, read_author, read_facts
 from peftrec.cli import main
@@ -257,7 +257,7 @@ def test_groups_of_users() -> None:
         slices={name: {"rows": 8, "users": 6, "mean_rating": 3} for name in ("all", "g=a", "g=b")},
     )
     rated = config.parse_recipe({**RECIPE, "task": "rating", "data": {"name": "ml-100k"}}, "r")
-    (line,) = card_sections.groups_served(compare_record(errors, rated))
+    (line,) = card_limits.groups_served(compare_record(errors, rated))
     assert line.startswith("By g it serves the group a worst: RMSE 1.250 [1.100, 1.300]")
     assert line.endswith("against 0.750 [0.700, 0.800] for b.")
 
@@ -313,10 +313,10 @@ def test_lower_is_better_for_errors() -> None:
         slices={name: {"rows": 5, "users": 2, "mean_rating": 3.0} for name in ("all", "tail", "popular")},
     )
     found = compare_record(rated, config.parse_recipe({**RECIPE, "task": "rating", "data": {"name": "ml-100k"}}, "r"))
-    assert list(card_sections.verdicts(found)) == [
+    assert list(card_limits.verdicts(found)) == [
         "By RMSE the adapter is worse than user+item bias (+0.050 [+0.010, +0.100])."
     ]
-    assert "the slice tail worst: RMSE 1.000 [0.900, 1.100]" in card_sections.worst_slice(found)
+    assert "the slice tail worst: RMSE 1.000 [0.900, 1.100]" in card_limits.worst_slice(found)
     assert "the best baseline, user+item bias, has 0.850" in card_sections.headline(found)
 
 

@@ -72,6 +72,7 @@ ORDER = (
     "card_facts",
     "card_metadata",
     "card_sections",
+    "card_limits",
     "card",
     "recommender",
     "reload",

@@ -1,7 +1,8 @@
 # make demo   fine-tune a small language model into a click predictor, measure it, and rank films for one person
 # make test   lint, types and every test
 # make lint   the first two of these
-# make clean  remove .venv and caches; runs/ stays
+# make bench  measure side by side with what people would use instead, and write docs/benchmarks.md; a quarter of an hour
+# make clean  remove .venv, .venv-peers and caches; runs/ stays
 #
 # All of them work in .venv, which is built when it is missing or older than pyproject.toml or constraints.txt.
 # Another interpreter: make demo PYTHON=python3.12
@@ -10,9 +11,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .venv-peers
 DEMO := recipes/configs/ml-100k/click_lora_demo.yaml
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 # Without a number of threads accelerate prints a warning; the recipe uses every core whatever the number.
 demo: $(STAMP)
@@ -34,6 +36,16 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(STAMP) $(PEERS)/.installed
+	$(BIN)/python benchmarks/peers.py --peers-python $(PEERS)/bin/python --write
+
+# In an environment of their own, so that neither side's versions bind the other's.
+$(PEERS)/.installed: benchmarks/requirements-peers.txt
+	@rm -f $@
+	@$(PYTHON) -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip install -r $<
+	@touch $@
+
 # The stamp is written last, so that an install that was cut short is done again.
 $(STAMP): pyproject.toml constraints.txt
 	@rm -f $@
@@ -45,5 +57,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)*/*' -prune -exec rm -rf {} +

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FULL = "model.safetensors"
 CHECKPOINT = "trained.safetensors"
 SAMPLED = 1024
+HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
+"""Values of `init_lora_weights` that leave the base model as it is."""
 ALLOCATOR = "allocator:"  # in front of what AdaLoRA's schedule keeps in a checkpoint
 
 # What a broken file raises depends on what is wrong with it.
@@ -65,8 +67,7 @@ def attach(
         attached = _wrap(model, wanted)
     except (ValueError, TypeError) as error:
         raise ModelError(_no_place(model, adapter, error)) from error
-    there = {id(p) for p in attached.parameters()}
-    if any(id(p) not in there or not torch.equal(_sample(p), values) for p, values in before):
+    if _has_changed(attached, before):
         raise ConfigError(
             f"adapter.fields: {adapter.peft_type} changes the base model's weights; expected an adapter that fits the "
             "base model as it is; choose other settings, or a method of peftrec's own"
@@ -79,6 +80,12 @@ def attach(
     _check_trained(attached)
     attached.peft_config["default"].base_model_name_or_path = base_name
     return attached
+
+
+def _has_changed(attached: Any, before: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    """Whether a parameter of the base model is not there any more, or not what its sample was."""
+    there = {id(p) for p in attached.parameters()}
+    return any(id(p) not in there or not torch.equal(_sample(p), values) for p, values in before)
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
@@ -208,13 +215,14 @@ def load(model: Any, folder: str | Path) -> Any:
         ModelError: the folder holds nothing that can be read, or its weights do not fit this model.
     """
     folder = Path(folder)
-    if (folder / FULL).is_file() and not (folder / CONFIG).is_file():
+    if is_whole(folder):
         return _load_full(model, folder)
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder}: no {CONFIG}; expected a folder that a peftrec run wrote (RUN/adapter)")
     from peft import get_peft_model_state_dict
 
     expected = _read_config(folder)
+    before = [(p, _sample(p)) for p in model.parameters()]
     try:
         loaded = _wrap(model, expected)
         found = _names(folder / WEIGHTS)
@@ -229,7 +237,17 @@ def load(model: Any, folder: str | Path) -> Any:
             "base model that peftrec.json names"
         ) from error
     _check_names(folder / WEIGHTS, found, set(wanted))
+    if _has_changed(loaded, before):
+        raise ModelError(
+            f"{folder / CONFIG}: {expected.peft_type.value} with these settings changes the base model's weights; "
+            "expected an adapter that fits the base model as it is; use PEFT itself"
+        )
     return loaded.eval()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `save` wrote the weights of a whole model there (`full`), which stands on no base model."""
+    return (folder / FULL).is_file() and not (folder / CONFIG).is_file()
 
 
 def _read_config(folder: Path) -> Any:
@@ -250,6 +268,12 @@ def _read_config(folder: Path) -> Any:
     if kind in REFUSED_TYPES or getattr(found, "megatron_config", None):
         what = kind if kind in REFUSED_TYPES else "a megatron_config"
         raise ModelError(f"{path}: {what}; expected a method that peftrec trains; use PEFT itself")
+    start = getattr(found, "init_lora_weights", True)
+    if start not in HARMLESS_STARTS:
+        raise ModelError(
+            f"{path}: init_lora_weights is {start!r}, which changes the base model's weights; expected an adapter that "
+            "fits the base model as it is; use PEFT itself"
+        )
     # With this no method looks for what its training started from, such as a text and its tokenizer.
     found.inference_mode = True
     if found.is_prompt_learning:  # these follow from the model, and those of another one shall not fit

@@ -31,7 +31,7 @@ class BaseModel:
     Attributes:
         name: as the recipe names it.
         hub_id: the same model on the Hub, or the name itself.
-        revision: the Hub revision, if one was asked for.
+        revision: the commit on the Hub that was loaded; None where the model is not from there.
         fingerprint: see `fingerprint`.
         parameters: all parameters, the output matrix counted once, a head to train not at all.
         license: of a packaged model; None where the Hub's page says it.
@@ -84,12 +84,13 @@ def check(recipe: config.Recipe) -> None:
         )
 
 
-def load(model: config.Model, target: Target | None = None) -> Backbone:
+def load(model: config.Model, target: Target | None = None, *, token: str | bool | None = None) -> Backbone:
     """Load the base model that a recipe (or a saved adapter) names.
 
     Args:
         model: the recipe's section; `name` is a packaged model, a local folder or a Hub id.
         target: what its outputs are to be: a head that is trained has so many. None is answer tokens.
+        token: for the Hub, as in huggingface_hub.
 
     Raises:
         AssetError: a packaged model cannot be fetched.
@@ -102,6 +103,7 @@ def load(model: config.Model, target: Target | None = None) -> Backbone:
     target = target or Target()
     trained = target.head != "tokens"
     source, options = _source(model)
+    options |= {} if token is None else {"token": token}
     on_gpu = has_gpu()
     device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
     with _as_model_error(model), _drawn_alike():
@@ -134,7 +136,7 @@ def load(model: config.Model, target: Target | None = None) -> Backbone:
     base = BaseModel(
         name=name,
         hub_id=(packaged.hub_id if packaged else None) or name,
-        revision=model.revision,
+        revision=_commit(source, model.revision),
         fingerprint=fingerprint(loaded, whole, new),
         parameters=loaded.num_parameters() - sum(new.values()),
         dtype=model.dtype,
@@ -155,6 +157,16 @@ def _source(model: config.Model) -> tuple[str, dict[str, Any]]:
     # A packaged model and a saved adapter's base may both be a folder; neither has revisions.
     revision = {"revision": model.revision} if model.revision else {}
     return _folder(packaged) if packaged else model.name, {"trust_remote_code": model.trust_remote_code, **revision}
+
+
+def _commit(source: str, revision: str | None) -> str | None:
+    """The commit of what has just been loaded, which a branch names today and another one tomorrow."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).is_dir():
+        return None
+    found = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else revision
 
 
 def _kind(source: str, options: Mapping[str, Any]) -> Kind:

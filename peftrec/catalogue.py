@@ -189,13 +189,14 @@ class Catalogue:
         if not rows:
             return None
         # One item under two ids cannot be told apart by any title: no warning could be acted on.
-        meanings = {self._label(row) if self.ids_matter else self.texts[row] for row in rows}
+        meanings = {self.label(row) if self.ids_matter else self.texts[row] for row in rows}
         if len(meanings) > 1:
-            meant = " or ".join(f"{self._label(row)!r}" for row in rows[:4])
+            meant = " or ".join(f"{self.label(row)!r}" for row in rows[:4])
             warnings.warn(f"{where}: {title!r} may be {meant}; the first is taken; say which", stacklevel=2)
         return rows[0]
 
-    def _label(self, row: int) -> str:
+    def label(self, row: int) -> str:
+        """What the item in a row of the table is called: its title with the year, else its text."""
         assert self.items is not None
         values = self.items.row(row, named=True)
         return self._with_year(values) if values.get("title") else self.texts[row]
@@ -217,7 +218,7 @@ class Catalogue:
         exact: dict[str, list[int]] = {}
         bare: dict[str, list[int]] = {}
         for row, text in enumerate(self.texts):
-            label = self._label(row)
+            label = self.label(row)
             assert self.items is not None
             title = str(self.items["title"][row]) if "title" in self.items.columns else label
             for name in {" ".join(name.split()).casefold() for name in (text, label, title)}:

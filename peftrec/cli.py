@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -59,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(verb=_datasets)
 
     verb = verbs.add_parser("recommend", help="rank items for a person by that person's history")
-    verb.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter (RUN/adapter)")
+    verb.add_argument("adapter", metavar="ADAPTER", help="a run's folder, NAMESPACE/NAME on the Hub, or file:FOLDER")
+    verb.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the Hub (default: main)")
     verb.add_argument(
         "--history",
         nargs="*",
@@ -109,6 +111,29 @@ def _parser() -> argparse.ArgumentParser:
     }.items():
         verb.add_argument(f"--{name}", metavar="TEXT", help=f"{text}; kept in RUN/card.yaml")
     verb.set_defaults(verb=_card)
+
+    verb = verbs.add_parser("space", help="write the folder of a Hugging Face Space in which anybody asks the adapter")
+    verb.add_argument("run", metavar="RUN", help="folder of a finished run")
+    verb.add_argument("output", metavar="OUTPUT", nargs="?", help="folder to write (default: RUN/space)")
+    verb.add_argument(
+        "--repo-id", metavar="NS/ADAPTER", help="the adapter on the Hub (default: its files are put into the folder)"
+    )
+    verb.add_argument("--revision", help="branch, tag or commit of it (default: main)")
+    verb.add_argument("--title", help="of the page")
+    verb.add_argument(
+        "--items", metavar="FILE", help="items table to publish with the folder: ids, titles, prompt columns"
+    )
+    verb.add_argument(
+        "--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="names in the items table: item_id=movieId"
+    )
+    verb.add_argument("--base-model", metavar="HUB_ID", help="the base model, where the run's was a local folder")
+    verb.add_argument(
+        "--package",
+        metavar="URL",
+        help="where pip finds peftrec, as git+https://... (default: it is put into the folder)",
+    )
+    verb.add_argument("--overwrite", action="store_true", help="write over an earlier folder; other files in it stay")
+    verb.set_defaults(verb=_space)
     return parser
 
 
@@ -184,16 +209,15 @@ def _datasets(given: argparse.Namespace) -> None:
 
 
 def _recommend(given: argparse.Namespace) -> None:
-    columns = dict(_pair(text) for text in given.columns)
+    columns = _columns(given)
     if given.k < 1:
         raise ConfigError(f"--k: {given.k}; expected a whole number from 1")
-    if columns and not given.items:
-        raise ConfigError("--columns: no --items; expected the table that has these columns; add --items FILE")
     user = None if given.user is None else _person(given.user)
     from peftrec.recommender import Recommender
 
     recommender = Recommender.from_pretrained(
         given.adapter,
+        revision=given.revision,
         items=given.items,
         columns=columns,
         base_model=given.base_model,
@@ -212,6 +236,13 @@ def _person(text: str) -> dict[str, Any]:
     if not isinstance(person, dict):
         raise ConfigError(f"--user: {text!r}; expected a JSON object of columns, such as '{{\"age\": 30}}'")
     return person
+
+
+def _columns(given: argparse.Namespace) -> dict[str, str]:
+    columns = dict(_pair(text) for text in given.columns)
+    if columns and not given.items:
+        raise ConfigError("--columns: no --items; expected the table that has these columns; add --items FILE")
+    return columns
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -286,3 +317,28 @@ def _card(given: argparse.Namespace) -> None:
         words = card_facts.overlaid(card_facts.read_author(given.run, facts), config.Author(**told))
         card_facts.write_author(given.run, words)
     print(path)
+
+
+# --- space ------------------------------------------------------------------------------------------------------------
+
+
+def _space(given: argparse.Namespace) -> None:
+    columns = _columns(given)
+    from peftrec import space
+
+    written = space.write(
+        given.run,
+        given.output,
+        repo_id=given.repo_id,
+        revision=given.revision,
+        title=given.title,
+        items=given.items,
+        columns=columns,
+        base_model=given.base_model,
+        package=given.package,
+        overwrite=given.overwrite,
+    )
+    print(f"{written.folder}: written")
+    print(f"  adapter  {written.adapter}")
+    print(f"  titles   {written.titles}")
+    print(f"  try it   {shlex.join(['python', str(written.folder / 'app.py')])}")

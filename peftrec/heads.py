@@ -118,9 +118,39 @@ def prepare(model: Any, kind: Kind, head: str, absent: set[str]) -> Any:
     return model
 
 
-def _begin_head(model: Any, absent: set[str]) -> None:
+def is_trained(model: Any, kind: Kind) -> bool:
+    """Whether a prepared model has a head that is trained, and not the output matrix of a language model."""
+    return kind == "encoder" or isinstance(model, EveryPosition)
+
+
+def resize(model: Any, outputs: int) -> None:
+    """Give a prepared model's trained head another number of outputs, all zero, in place."""
+    if outputs == model.config.num_labels:
+        return
+    parts = _parts(model)
+    name, last = [
+        (f"{part}.{inner}".rstrip("."), layer)
+        for part in parts
+        for inner, layer in model.get_submodule(part).named_modules()
+        if isinstance(layer, nn.Linear)
+    ][-1]
+    fresh = nn.Linear(last.in_features, outputs, last.bias is not None, last.weight.device, last.weight.dtype)
+    for parameter in fresh.parameters():
+        nn.init.zeros_(parameter)
+    if name in parts:  # the layer is the head, and prepared to read 16 bits
+        fresh.register_forward_pre_hook(_widen)
+    model.set_submodule(name, fresh)
+    model.config.num_labels = model.num_labels = outputs
+
+
+def _parts(model: Any) -> list[str]:
+    """Names of what stands on the trunk and has weights."""
     trunk = model.base_model_prefix
-    parts = [name for name, part in model.named_children() if name != trunk and any(True for _ in part.parameters())]
+    return [name for name, part in model.named_children() if name != trunk and any(True for _ in part.parameters())]
+
+
+def _begin_head(model: Any, absent: set[str]) -> None:
+    trunk, parts = model.base_model_prefix, _parts(model)
     if any(name.startswith(f"{trunk}.pooler.") for name in absent):
         parts.insert(0, f"{trunk}.pooler")
     last = [part for name in parts for part in model.get_submodule(name).modules() if isinstance(part, nn.Linear)][-1:]

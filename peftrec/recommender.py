@@ -1,65 +1,45 @@
-"""Recommender: a saved adapter on its base model, asked about people and items by their names.
+"""Recommender: saved adapters on one base model, asked about people and items by their names.
 
-r = Recommender.from_pretrained("runs/ml-100k-click-lora/adapter")
+r = Recommender.from_pretrained("me/films", revision="v1")  # or "runs/ml-100k-click-lora"
 r.score(["Toy Story (1995):yes", "GoldenEye (1995):no"], ["Heat (1995)", "Babe (1995)"])
 r.rank(["Toy Story (1995):yes"], k=10)
+r.load_adapter("me/books", "books")
+r.score(["Dune:yes"], ["Emma"], adapter="books")
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from threading import Lock
+from typing import Any, Literal, TypedDict
 
-import numpy as np
-import numpy.typing as npt
-import polars as pl
-
-from peftrec import adapters, artifact, backbone, config, scorer, virtual_tokens
-from peftrec.catalogue import Catalogue, Item, read_history, read_items, read_ratings
-from peftrec.datasets import DATASETS
-from peftrec.encode import max_user_tokens, new_codec, prompt_windows, record_ids, templated_ids
-from peftrec.errors import ConfigError, DataError, ModelError
+from peftrec import adapters, loading
+from peftrec import artifact as artifacts
+from peftrec.artifact import Artifact, PromptFormat
+from peftrec.backbone import Backbone
+from peftrec.catalogue import Catalogue
+from peftrec.errors import DataError, ModelError
+from peftrec.loaded_adapter import Event, Floats, LoadedAdapter, Question, Recommendation
 from peftrec.opponents import SavedPrior
-from peftrec.prompts import ANSWER_MARK, Codec, Pieces, user_texts, with_user
-from peftrec.rating_baselines import RatingPrior
-from peftrec.schema import read_yaml
+from peftrec.prompts import Codec, WholeText
+from peftrec.schema import nearest
 from peftrec.target import Target
-from peftrec.timeline import WindowDataset
 
-Floats = npt.NDArray[np.float64]
-Outputs = npt.NDArray[np.float32]  # of the head, (number of candidates, K)
+__all__ = ["DEFAULT", "Event", "Floats", "Recommendation", "Recommender", "Request"]
 
-UNKNOWN = "\0"  # stands for an item without id: no table holds it, so the prior takes the mean
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """One ranked item.
-
-    Attributes:
-        item: the candidate as it was given; the items table's row as a dict where the whole table was ranked.
-        item_id: its id, None where it is not in an items table and nobody gave one.
-        title: the item as the model reads it.
-        score: log-odds that the person likes it, or the predicted rating.
-        probability: chance that the person likes it; None where ratings are predicted.
-    """
-
-    item: Any
-    item_id: Any
-    title: str
-    score: float
-    probability: float | None = None
+DEFAULT = "default"
+"""Name of the adapter that answers where a request names none."""
 
 
-@dataclass(frozen=True)
-class Event:
-    """One entry of a history, as it was understood: the item and the index of its answer."""
+class Request(TypedDict, total=False):
+    """One of several requests, with what `Recommender.score` takes; `history` and `candidates` must be there."""
 
-    item: Item
-    label: int
+    history: Sequence[Any]
+    candidates: Sequence[Any]
+    user: Any
+    adapter: str | None
 
 
 class Recommender:
@@ -75,12 +55,17 @@ class Recommender:
     and ids are looked up in the items table: see `catalogue.Catalogue.find`. Its oldest events are left out where it is
     longer than the prompt.
 
+    Several adapters may stand on the base model, which is in memory once (`load_adapter`). Each has a prompt, a task, a
+    prior and an items table of its own, and each request may name one. Any number of threads may ask, load and unload
+    at the same time: a request is answered by the adapter that had the name when it began.
+
     Args:
         about: the adapter's `peftrec.json`.
         model: base model with adapter and answer head.
         tokenizer: the base model's.
         items: the items table, or None.
         prior: what is added to the model's score, or None.
+        base: what `model` was made from, for more adapters to stand on; None takes no more.
 
     Raises:
         ModelError: the tokenizer gives the answers other ids than the adapter was trained with, or the prompt is longer
@@ -90,31 +75,24 @@ class Recommender:
 
     def __init__(
         self,
-        about: artifact.Artifact,
+        about: Artifact,
         model: Any,
         tokenizer: Any,
         *,
         items: Any = None,
         prior: SavedPrior | None = None,
+        base: Backbone | None = None,
     ) -> None:
-        self.artifact, self.model, self.prior = about, model, prior
-        self.prompt = about.prompt
-        self.target = _target(about)
-        backbone.check_window(model, self.prompt.max_tokens, virtual_tokens.count(model))
-        self.codec = new_codec(tokenizer, self.prompt.header, self.prompt.answers, self.prompt.kind)
-        if self.codec.answers != self.prompt.answer_ids or (tokenizer.bos_token or None) != self.prompt.bos:
-            raise ModelError(
-                f"tokenizer: answers {self.prompt.answers} are the tokens {self.codec.answers} behind "
-                f"{tokenizer.bos_token!r}; the adapter was trained with {self.prompt.answer_ids} behind "
-                f"{self.prompt.bos!r}; load it on the base model that it names, {about.base_model.hub_id}"
-            )
-        self.catalogue = Catalogue(items, self.prompt.item, ids_matter=prior is not None)
+        self._base = base
+        self._adapters = {DEFAULT: LoadedAdapter(about, model, tokenizer, items, prior)}
+        self._change = Lock()
 
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        adapter: str | Path,
         *,
+        revision: str | None = None,
         items: Any = None,
         columns: dict[str, str] | None = None,
         base_model: str | Path | None = None,
@@ -124,41 +102,204 @@ class Recommender:
         strict: bool = False,
         trust_remote_code: bool = False,
         quantize: Literal["4bit", "8bit"] | None = None,
+        token: str | bool | None = None,
+        endpoint: str | None = None,
+        cache_dir: str | Path | None = None,
     ) -> Recommender:
         """Load an adapter that peftrec saved.
 
+        Under `HF_HUB_OFFLINE` nothing is downloaded, and what was loaded before is found again.
+
         Args:
-            folder: the adapter's folder, RUN/adapter.
+            adapter: a run's folder or the adapter's in it, `namespace/name` on the Hub, or `file:FOLDER`.
+            revision: branch, tag or commit on the Hub; None is main.
             items: the items table (a file, a polars or a pandas frame); None takes that of the data set that the
                 adapter was trained on where peftrec knows it by name, else there is none.
             columns: our name -> name in the items table.
-            base_model: a folder, Hub id or packaged model to use instead of the one that the adapter names; not needed
-                while the adapter lies in the folder of its run, whose recipe knows.
+            base_model: a folder, Hub id or packaged model to use instead of the one that the adapter names, which is
+                taken at the revision that it was trained on; not needed while the adapter lies in the folder of its
+                run, whose recipe knows.
             device: as in torch; None is the GPU if there is one.
             dtype: of the base weights, float32, bfloat16 or float16; None is that of the training.
             prior: whether the saved prior is added to the model's score.
-            strict: refuse a base model with other weights than those of the training; else only warn.
+            strict: refuse a base model with other weights than those of the training; else warn, and say how far the
+                adapter's recorded scores are from what it answers here.
             trust_remote_code: run Python code that comes with the base model; no file can say so, only the caller.
             quantize: load the base model in 4 or 8 bits, whatever it was trained in: less memory, other scores.
+            token: for the Hub, as in huggingface_hub; None is `HF_TOKEN` or who is logged in. Not sent for the base
+                model where there is an `endpoint`.
+            endpoint: address of the Hub that has the adapter; None is `HF_ENDPOINT`, which has the base model anyway.
+            cache_dir: where pulled adapters are kept; None is `HF_HUB_CACHE`.
 
         Raises:
             ModelError: no adapter in the folder, or it does not fit the base model.
+            HubError: the adapter is not on the Hub, or not safe to read.
             AssetError: a packaged base model or a named data set cannot be fetched.
             DataError: the items table cannot be used.
         """
-        about = artifact.read(folder)
-        saved_prior = artifact.read_prior(folder, about) if prior else None
-        table = _items(items, columns, about)
-        base = base_model or _base_of_run(Path(folder))
-        loaded = _load_base(about, base, dtype, trust_remote_code, quantize)
-        _check_fingerprint(about, loaded.base, strict)
-        model = scorer.with_head(loaded.model, about.target.head, about.prompt.answer_ids)
-        model = adapters.load(model, folder)
-        if device is not None:
-            model = model.to(device)
-        return cls(about, model, loaded.tokenizer, items=table, prior=saved_prior)
+        folder = loading.find(adapter, revision, token=token, endpoint=endpoint, cache_dir=cache_dir)
+        about = artifacts.read(folder)
+        saved_prior = artifacts.read_prior(folder, about) if prior else None
+        table = loading.read_table(items, columns, about)
+        base = loading.load_base(
+            about,
+            folder,
+            base_model=base_model,
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+            trust_remote_code=trust_remote_code,
+            token=token if endpoint is None else None,
+        )
+        differs = loading.difference_of_bases(about, base)
+        if differs and strict:
+            raise ModelError(f"{differs}; load that base model, or load without strict")
+        model = loading.put_on(base, folder, about)
+        whole = adapters.is_whole(folder)
+        made = cls(about, model, base.tokenizer, items=table, prior=saved_prior, base=None if whole else base)
+        if differs:
+            warnings.warn(f"{differs}; {loading.difference_of_scores(made._adapter(None))}", stacklevel=2)
+        return made
 
-    def score(self, history: Sequence[Any], candidates: Sequence[Any], user: Any = None) -> Floats:
+    # --- several adapters ---------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """What is loaded at this moment, by name; the first is `default`."""
+        return dict(self._adapters)
+
+    def load_adapter(
+        self,
+        adapter: str | Path,
+        name: str,
+        *,
+        revision: str | None = None,
+        items: Any = None,
+        columns: dict[str, str] | None = None,
+        prior: bool = True,
+        strict: bool = True,
+        token: str | bool | None = None,
+        endpoint: str | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        """Load one more adapter of the same base model, which is not loaded again, or put it in the place of another.
+
+        Requests that are under way are answered by the adapter that they began with. If it cannot be loaded, nothing
+        changes.
+
+        Args:
+            adapter: as in `from_pretrained`, as all that is not described here.
+            name: what requests call it; whatever had this name is replaced.
+            revision: as there.
+            items: as there.
+            columns: as there.
+            prior: as there.
+            strict: refuse an adapter that was trained on other weights; else warn as `from_pretrained` does.
+            token: as there.
+            endpoint: as there.
+            cache_dir: as there.
+
+        Raises:
+            ModelError: it was trained on another base model, with a head of another kind (answer tokens, or a head that
+                is trained), or under `full`; or this recommender has no base model to put it on.
+            HubError: it is not on the Hub, or not safe to read.
+            AssetError: a named data set cannot be fetched.
+            DataError: the items table cannot be used.
+        """
+        if not name or not isinstance(name, str):
+            raise ModelError(f"name: {name!r}; expected what requests shall call the adapter")
+        if self._base is None:
+            raise ModelError(
+                f"{name}: this recommender is one whole model (full, or made from parts), and has no base model for "
+                "more adapters; load it by itself: Recommender.from_pretrained"
+            )
+        folder = loading.find(adapter, revision, token=token, endpoint=endpoint, cache_dir=cache_dir)
+        if adapters.is_whole(folder):
+            raise ModelError(
+                f"{adapter}: trained under full, so it is a whole model and no adapter for a base model; load it by "
+                "itself: Recommender.from_pretrained"
+            )
+        about = artifacts.read(folder)
+        differs = loading.difference_of_bases(about, self._base)
+        if differs and strict:
+            raise ModelError(f"{differs}; load it with a base model of its own, or with strict=False")
+        loaded = LoadedAdapter(
+            about,
+            loading.put_on(self._base, folder, about),
+            self._base.tokenizer,
+            loading.read_table(items, columns, about),
+            artifacts.read_prior(folder, about) if prior else None,
+        )
+        if differs:
+            warnings.warn(f"{differs}; {loading.difference_of_scores(loaded)}", stacklevel=2)
+        with self._change:
+            self._adapters = {**self._adapters, name: loaded}
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; its memory is free once the requests that it is answering are.
+
+        Raises:
+            ModelError: there is none of this name, or it is `default`.
+        """
+        with self._change:
+            self._adapter(name)
+            if name == DEFAULT:
+                raise ModelError(
+                    f"{DEFAULT}: it answers requests that name no adapter; load another one in its place: "
+                    f"load_adapter(…, {DEFAULT!r})"
+                )
+            self._adapters = {key: one for key, one in self._adapters.items() if key != name}
+
+    def _adapter(self, name: str | None) -> LoadedAdapter:
+        return _named(self._adapters, name)
+
+    # --- the default adapter ------------------------------------------------------------------------------------------
+
+    @property
+    def artifact(self) -> Artifact:
+        """Its `peftrec.json`."""
+        return self._adapter(None).artifact
+
+    @property
+    def model(self) -> Any:
+        """Base model with adapter and answer head."""
+        return self._adapter(None).model
+
+    @property
+    def prompt(self) -> PromptFormat:
+        """How it is asked."""
+        return self._adapter(None).prompt
+
+    @property
+    def codec(self) -> Codec | WholeText:
+        """Its prompt under the tokenizer."""
+        return self._adapter(None).codec
+
+    @property
+    def prior(self) -> SavedPrior | None:
+        """What is added to the model's score."""
+        return self._adapter(None).prior
+
+    @property
+    def target(self) -> Target:
+        """What its scores mean."""
+        return self._adapter(None).target
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """Its items."""
+        return self._adapter(None).catalogue
+
+    @property
+    def own_prompts(self) -> bool:
+        """Whether it was trained on ready-made prompts, which know neither items nor histories."""
+        return self._adapter(None).own_prompts
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def score(
+        self, history: Sequence[Any], candidates: Sequence[Any], user: Any = None, *, adapter: str | None = None
+    ) -> Floats:
         """Log-odds that the person likes each candidate, or predicted ratings, (number of candidates,).
 
         A candidate's score depends neither on the other candidates nor on their order.
@@ -169,23 +310,58 @@ class Recommender:
                 `input`, and no history.
             user: what is known of the person, where the adapter's prompt shows that: a dict of columns as in
                 `artifact.prompt.user`, or the text; None is nothing.
+            adapter: name of a loaded adapter; None is `default`.
 
         Raises:
             DataError: an entry that cannot be read, or an item id that is not in the items table.
+            ModelError: no such adapter.
         """
-        if self._own_prompts:
-            return self._score_records(history, candidates)
-        return self._score_items(self.events(history), self._find(candidates), self._about(user))
+        asked = self._adapter(adapter)
+        return asked.score([asked.question(history, candidates, user)])[0]
 
-    def probability(self, history: Sequence[Any], candidates: Sequence[Any], user: Any = None) -> Floats:
+    def score_many(self, requests: Sequence[Request]) -> list[Floats]:
+        """What `score` gives for each request, in their order.
+
+        Short requests to one adapter are computed together, which takes a fraction of the time; in float32 the scores
+        are those of single requests to 1e-5.
+
+        Args:
+            requests: dicts with `history` and `candidates` and, where wanted, `adapter` and `user`.
+
+        Raises:
+            DataError: a request that is none, or as `score`; the message begins with its place.
+            ModelError: no such adapter.
+        """
+        if isinstance(requests, (str, Mapping)):
+            raise DataError(f"requests: {requests!r}; expected a list; put it in a list")
+        loaded = self._adapters
+        asked: dict[str, dict[int, Question]] = {}
+        for i, request in enumerate(requests):
+            try:
+                _check_keys(request)
+                name = request.get("adapter") or DEFAULT
+                one = _named(loaded, name)
+                question = one.question(request["history"], request["candidates"], request.get("user"))
+            except (DataError, ModelError) as error:
+                raise type(error)(f"requests[{i}]: {error}") from None
+            asked.setdefault(name, {})[i] = question
+        found = {
+            i: scores
+            for name, questions in asked.items()
+            for i, scores in zip(questions, loaded[name].score(list(questions.values())), strict=True)
+        }
+        return [found[i] for i in range(len(requests))]
+
+    def probability(
+        self, history: Sequence[Any], candidates: Sequence[Any], user: Any = None, *, adapter: str | None = None
+    ) -> Floats:
         """Chance that the person likes each candidate, (number of candidates,); otherwise as `score`.
 
         Raises:
             DataError: the adapter predicts ratings.
         """
-        if self.artifact.task == "rating":
-            raise DataError("probability: this adapter predicts ratings; use score")
-        return _sigmoid(self.score(history, candidates, user))
+        asked = self._adapter(adapter)
+        return asked.probability(asked.question(history, candidates, user))
 
     def rank(
         self,
@@ -194,6 +370,8 @@ class Recommender:
         k: int = 10,
         exclude_seen: bool = True,
         user: Any = None,
+        *,
+        adapter: str | None = None,
     ) -> list[Recommendation]:
         """The `k` best candidates, best first.
 
@@ -203,238 +381,50 @@ class Recommender:
             k: how many; fewer where there are fewer candidates.
             exclude_seen: leave out what is in the history.
             user: as in `score`.
+            adapter: as in `score`.
 
         Raises:
             DataError: as `score`, or neither candidates nor an items table are given.
+            ModelError: no such adapter.
         """
-        if k < 1:
-            raise DataError(f"k: {k}; expected a whole number from 1")
-        if self._own_prompts:
-            if candidates is None:
-                raise DataError("candidates: none given; this adapter was trained on ready-made prompts: give some")
-            scores = self._score_records(history, candidates)
-            found = [Item(str(one.get("input", one)), one.get("item_id"), None, one) for one in candidates]
-        else:
-            events = self.events(history)
-            seen = {event.item.key for event in events} if exclude_seen else set()
-            found = [item for item in self._all_items(candidates) if item.key not in seen]
-            scores = self._score_items(events, found, self._about(user))
-        best = np.argsort(-scores, kind="stable")[:k]
-        chances = [None] * len(best) if self.artifact.task == "rating" else _sigmoid(scores[best]).tolist()
-        return [
-            Recommendation(found[i].given, found[i].item_id, found[i].text, float(scores[i]), chance)
-            for i, chance in zip(best, chances, strict=True)
-        ]
+        asked = self._adapter(adapter)
+        return asked.rank(asked.question(history, candidates, user, unseen=exclude_seen), k)
 
-    def events(self, history: Sequence[Any]) -> list[Event]:
+    def events(self, history: Sequence[Any], *, adapter: str | None = None) -> list[Event]:
         """The history as it is understood: which items were meant, and whether each was liked or how it was rated.
 
         Raises:
             DataError: an entry that cannot be read.
+            ModelError: no such adapter.
         """
-        answers = self.prompt.answers
-        if self.artifact.task == "rating":
-            entries = read_ratings(history, self.target.scale, answers)
-        else:
-            entries = read_history(history, self.artifact.like_at, answers)
-        found = [(self.catalogue.find(entry, f"history[{i}]"), label) for i, (entry, label) in enumerate(entries)]
-        return [Event(item, label) for item, label in found]
+        return self._adapter(adapter).events(history)
 
-    def _find(self, candidates: Sequence[Any]) -> list[Item]:
-        if isinstance(candidates, (str, dict)):
-            raise DataError(f"candidates: {candidates!r}; expected a list; put it in a list")
-        return [self.catalogue.find(entry, f"candidates[{i}]") for i, entry in enumerate(candidates)]
+    def probe_scores(self, *, adapter: str | None = None) -> Floats:
+        """What is answered here to the questions that the adapter recorded with their scores, (number of probes,).
 
-    def _all_items(self, candidates: Sequence[Any] | None) -> list[Item]:
-        if candidates is not None:
-            return self._find(candidates)
-        if not len(self.catalogue):
-            raise DataError("candidates: none given, and there is no items table to rank; give candidates or items")
-        return [self.catalogue.at(row) for row in range(len(self.catalogue))]
+        The prior is left out, as in `artifact.probes`.
 
-    # --- scoring ------------------------------------------------------------------------------------------------------
-
-    def _about(self, user: Any) -> str:
-        """The person's text."""
-        if user is None:
-            return ""
-        if self.prompt.user is None:
-            raise DataError("user: this adapter's prompt shows nothing of the person; leave it out")
-        if isinstance(user, dict):
-            (user,) = user_texts(pl.DataFrame([user], strict=False), self.prompt.user)
-        return self.codec.written([" ".join(str(user).split())], max_user_tokens(self.prompt.max_tokens))[0]
-
-    def _score_items(self, events: Sequence[Event], candidates: Sequence[Item], user: str) -> Floats:
-        shown = [event for event in events if self.prompt.history == "all" or self._liked(event)]
-        if self.prompt.max_history is not None:
-            shown = shown[max(0, len(shown) - self.prompt.max_history) :]
-        if not candidates:
-            return np.zeros(0)
-        texts = [item.text for item in candidates]
-        if self.prompt.template is None:
-            outputs = self._score_timeline(shown, texts)
-        else:
-            outputs = self._score_templated(shown, texts, with_user(self.prompt.template, user))
-        return self.target.measure(outputs, self._prior_scores(events, candidates))[0]
-
-    def _liked(self, event: Event) -> bool:
-        value, like_at = self.target.scale[event.label], self.artifact.like_at
-        return event.label == 1 if self.artifact.task == "click" else like_at is not None and value >= like_at
-
-    def _prior_scores(self, events: Sequence[Event], candidates: Sequence[Item]) -> Floats | None:
-        """The prior knows the whole history, also what the prompt leaves out."""
-        if self.prior is None:
-            return None
-        met = [_prior_id(event.item) for event in events]
-        asked = [_prior_id(item) for item in candidates]
-        labels = [event.label for event in events]
-        if isinstance(self.prior, RatingPrior):
-            return self.prior.scores(met, [self.target.scale[label] for label in labels], asked)
-        return self.prior.scores(met, labels, asked)
-
-    def _score_timeline(self, shown: Sequence[Event], candidates: Sequence[str]) -> Outputs:
-        """The history once, all candidates behind it."""
-        assert isinstance(self.codec, Codec)
-        asked = self._questions([event.item.text for event in shown])
-        lines = [[*ids, *self.codec.tail(event.label)] for ids, event in zip(asked, shown, strict=True)]
-        # Room for the longest candidate that could be: what one candidate sees must not depend on the others.
-        room = self.prompt.max_tokens - len(self.codec.header) - self.prompt.max_item_tokens - len(self.codec.tail(0))
-        kept = _newest([len(line) for line in lines], room)
-        history = [*self.codec.header, *(token for line in lines[len(lines) - kept :] for token in line)]
-        pieces = Pieces.of(self._questions(candidates))
-        return scorer.score_candidates(self.model, np.asarray(history, dtype=np.int64), pieces)
-
-    def _score_templated(self, shown: Sequence[Event], candidates: Sequence[str], template: str) -> Outputs:
-        """One prompt for each candidate, with as many of the newest events as fit."""
-        prompt, tail = self.prompt, self.codec.tail_length
-        past, asked = self._written([event.item.text for event in shown]), self._written(candidates)
-        lengths = [len(ids) + tail for ids in self._questions(past)]
-        room = prompt.max_tokens - len(self.codec.prompt(template.format(history="", item="")))
-        lines = [
-            f"{text}{ANSWER_MARK}{prompt.answers[event.label]}{prompt.line_end}"
-            for text, event in zip(past, shown, strict=True)
-        ]
-        prompts = []
-        for text, ids in zip(asked, self._questions(asked), strict=True):
-            kept = _newest(lengths, room - len(ids) - tail)
-            prompts.append(templated_ids(self.codec, template, lines[len(lines) - kept :], text, prompt.max_tokens))
-        return self._score_prompts(prompts)
-
-    def _written(self, texts: Sequence[str]) -> list[str]:
-        return self.codec.written(texts, self.prompt.max_item_tokens) if texts else []
-
-    def _questions(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.codec.questions(texts, self.prompt.max_item_tokens) if texts else []
-
-    def _score_prompts(self, prompts: Sequence[list[int]]) -> Outputs:
-        windows = prompt_windows(self.codec, np.arange(len(prompts)), prompts)
-        data = WindowDataset(windows, np.zeros(len(prompts), dtype=np.int8), None, self.prompt.max_tokens)
-        rows, outputs = scorer.score_rows(self.model, data, range(len(data)))
-        return outputs[np.argsort(rows)]
-
-    @property
-    def _own_prompts(self) -> bool:
-        """Whether the adapter was trained on ready-made prompts, which know neither items nor histories."""
-        return self.prompt.template is not None and "item" not in config.placeholders(self.prompt.template)
-
-    def _score_records(self, history: Sequence[Any], candidates: Sequence[Any]) -> Floats:
-        if len(history):
-            raise DataError("history: this adapter was trained on ready-made prompts; put the history into the input")
-        names = config.placeholders(self.prompt.template or "")
-        for i, record in enumerate(candidates):
-            if not isinstance(record, dict) or any(name not in record for name in names):
-                raise DataError(f"candidates[{i}]: {record!r}; expected a dict with {', '.join(names)}")
-        records = [{name: str(record[name]) for name in names} for record in candidates]
-        template, most = self.prompt.template or "", self.prompt.max_tokens
-        if not records:
-            return np.zeros(0)
-        outputs = self._score_prompts([record_ids(self.codec, template, record, most) for record in records])
-        return self.target.measure(outputs)[0]
+        Raises:
+            ModelError: no such adapter.
+        """
+        return self._adapter(adapter).probe_scores()
 
 
-def _newest(lengths: Sequence[int], room: int) -> int:
-    """How many of the last `lengths` fit into `room` together."""
-    return int((np.cumsum(np.asarray(lengths, dtype=np.int64)[::-1]) <= room).sum())
+def _named(adapters: Mapping[str, LoadedAdapter], name: str | None) -> LoadedAdapter:
+    found = adapters.get(DEFAULT if name is None else name)
+    if found is None:
+        raise ModelError(f"adapter: no {name!r} is loaded; expected one of {', '.join(adapters)}; load_adapter it")
+    return found
 
 
-def _prior_id(item: Item) -> Any:
-    return UNKNOWN if item.item_id is None else item.item_id
-
-
-def _sigmoid(log_odds: Floats) -> Floats:
-    # This form neither overflows nor loses small chances.
-    chance: Floats = np.exp(-np.logaddexp(0, -log_odds))
-    return chance
-
-
-def _items(items: Any, columns: dict[str, str] | None, about: artifact.Artifact) -> Any:
-    if items is not None:
-        return read_items(items, columns)
-    named = DATASETS.get(about.data.name)
-    return None if named is None else read_items(named.load().items)
-
-
-def _base_of_run(folder: Path) -> str | None:
-    """The local base model of the run that the adapter still lies in: `peftrec.json` itself names no path."""
-    recipe = folder.parent / "config.yaml"
-    if not recipe.is_file():
-        return None
-    try:
-        name = config.parse_recipe(read_yaml(recipe), str(recipe)).model.name
-    except ConfigError:  # the file of some other program, or of another version
-        return None
-    return name if Path(name).is_dir() else None
-
-
-def _target(about: artifact.Artifact) -> Target:
-    how = about.target
-    return Target(about.task, how.head, how.loss, tuple(how.scale), tuple(how.offset), how.slope, how.centre)
-
-
-def _load_base(
-    about: artifact.Artifact,
-    base_model: str | Path | None,
-    dtype: str | None,
-    trust_remote_code: bool,
-    quantize: str | None,
-) -> backbone.Backbone:
-    if dtype is not None and dtype not in backbone.DTYPES:
-        raise ModelError(f"dtype: {dtype!r}; expected one of {', '.join(backbone.DTYPES)}")
-    if quantize not in (None, "4bit", "8bit"):
-        raise ModelError(f"quantize: {quantize!r}; expected 4bit, 8bit or None")
-    base = about.base_model
-    wanted = config.Model(
-        name=base.name if base_model is None else str(base_model),
-        revision=base.revision if base_model is None else None,
-        dtype=dtype or base.dtype,  # type: ignore[arg-type]
-        trust_remote_code=trust_remote_code,
-        load_in_4bit=quantize == "4bit",
-        load_in_8bit=quantize == "8bit",
-    )
-    try:
-        loaded = backbone.load(wanted, _target(about))
-    except ModelError as error:
-        if base_model is not None:
-            raise
-        raise ModelError(f"{error}; or say where it is: base_model=FOLDER (--base-model FOLDER)") from error
-    if loaded.kind != about.prompt.kind:
-        raise ModelError(
-            f"base model: {wanted.name} is of the kind {loaded.kind}; the adapter was trained on one of the kind "
-            f"{about.prompt.kind}; use that"
-        )
-    return loaded
-
-
-def _check_fingerprint(about: artifact.Artifact, found: backbone.BaseModel, strict: bool) -> None:
-    expected = about.base_model
-    if found.fingerprint == expected.fingerprint:
-        return
-    text = (
-        f"base model: {found.name} has weights with fingerprint {found.fingerprint[:16]}; the adapter was trained on "
-        f"{expected.name} with {expected.fingerprint[:16]}"
-        + (f" ({expected.note})" if expected.note else "")
-        + "; scores may differ from the published ones"
-    )
-    if strict:
-        raise ModelError(f"{text}; load that base model, or load without strict")
-    warnings.warn(text, stacklevel=3)
+def _check_keys(request: Any) -> None:
+    expected = "expected a dict with history and candidates"
+    if not isinstance(request, dict):
+        raise DataError(f"{request!r}; {expected}")
+    for key in request:
+        if key not in Request.__annotations__:
+            close = nearest(str(key), [*Request.__annotations__])
+            raise DataError(f"unknown key {key!r}; " + (f"did you mean {close}?" if close else expected))
+    for key in ("history", "candidates"):
+        if request.get(key) is None:
+            raise DataError(f"no {key}; {expected}")

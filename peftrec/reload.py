@@ -14,9 +14,8 @@ from pathlib import Path
 import polars as pl
 
 from peftrec import artifact, config
-from peftrec.catalogue import Item
 from peftrec.errors import as_one_line
-from peftrec.recommender import Event, Recommender
+from peftrec.recommender import Recommender
 
 
 def scores(folder: str | Path, base_model: str | Path | None = None) -> list[float]:
@@ -34,16 +33,7 @@ def scores(folder: str | Path, base_model: str | Path | None = None) -> list[flo
     names = dict.fromkeys(["item_id", *config.placeholders(about.prompt.item)])
     empty = pl.DataFrame(schema=dict.fromkeys(names, pl.String))
     recommender = Recommender.from_pretrained(folder, items=empty, base_model=base_model, dtype="float32", prior=False)
-    found = []
-    for probe in about.probes:
-        events = [Event(_item(text), answer) for text, answer in probe.history]
-        (score,) = recommender._score_items(events, [_item(probe.candidate)], user="")
-        found.append(float(score))
-    return found
-
-
-def _item(text: str) -> Item:
-    return Item(text, None, None, text)
+    return [float(score) for score in recommender.probe_scores()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -284,6 +284,8 @@ def _create(request: Request) -> Reply:
     user, wanted = request.user(write=True), request.json
     owner = wanted.get("organization") or user
     repo_id = f"{owner}/{wanted['name']}"
+    if wanted.get("type") == "space" and not wanted.get("sdk"):
+        raise Refusal(400, "sdk is required for a Space")
     if owner != user:
         raise Refusal(403, f"You don't have the rights to create a model under the namespace {owner}")
     if repo_id in request.hub.repos:
@@ -439,7 +441,7 @@ def _file(request: Request, repo_id: str, revision: str, path: str) -> Reply:
     return Reply(200, blob.content, headers)
 
 
-_MODEL = "/api/models/([^/]+/[^/]+)"
+_MODEL = "/api/(?:models|spaces)/([^/]+/[^/]+)"
 ROUTES: tuple[tuple[str, str, Callable[..., Reply]], ...] = (
     ("GET", "/api/whoami-v2", _whoami),
     ("POST", "/api/repos/create", _create),
@@ -452,7 +454,7 @@ ROUTES: tuple[tuple[str, str, Callable[..., Reply]], ...] = (
     ("POST", f"{_MODEL}/tag/([^/]+)", _tag),
     ("POST", f"{_MODEL}/preupload/([^/]+)", _preupload),
     ("POST", f"{_MODEL}/commit/([^/]+)", _commit),
-    ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", _lfs_batch),
+    ("POST", r"/(?:spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", _lfs_batch),
     ("PUT", "/lfs/([0-9a-f]{64})", _lfs_put),
     ("POST", "/lfs/([0-9a-f]{64})/verify", _lfs_verify),
     ("GET", "/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _file),

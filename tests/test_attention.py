@@ -66,6 +66,14 @@ def test_bfloat16_is_finite_and_near() -> None:
     torch.testing.assert_close(found.float(), run(exact), atol=0.05, rtol=0.05)
 
 
+def test_a_mask_in_another_type() -> None:
+    """Under autocast a float32 model's mask meets queries in bfloat16."""
+    *parts, mask = random_case(12, 12, 2, torch.bfloat16)
+    found = run((*parts, mask.float()))
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found, run((*parts, mask)))
+
+
 def test_dropout_only_in_training() -> None:
     parts = random_case(6, 6, 2)
     torch.testing.assert_close(run(parts, dropout=0.5), run(parts))

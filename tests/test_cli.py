@@ -122,9 +122,10 @@ class Fake:
 def _parts() -> Any:
     from peftrec import artifact
     from peftrec.catalogue import Catalogue
+    from peftrec.loaded_adapter import LoadedAdapter
     from peftrec.target import Target
 
-    class Scored(recommender.Recommender):
+    class Scored(LoadedAdapter):
         def __init__(self) -> None:
             films = pl.DataFrame({"item_id": [1, 2, 3], "title": ["Heat", "Toy Story", "Babe: A Pig"]})
             self.prompt = artifact.PromptFormat(
@@ -146,10 +147,12 @@ def _parts() -> Any:
             self.prior, self.target = None, Target()
             self.catalogue = Catalogue(films, "{title}")
 
-        def _score_timeline(self, shown: Any, candidates: Any) -> Any:
-            return np.array([[0.0, len(text) - 9] for text in candidates])
+        def _outputs(self, questions: Any) -> Any:
+            return [np.array([[0.0, len(item.text) - 9] for item in one.candidates]) for one in questions]
 
-    return Scored()
+    made = recommender.Recommender.__new__(recommender.Recommender)
+    made._adapters = {"default": Scored()}
+    return made
 
 
 @pytest.fixture

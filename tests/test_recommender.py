@@ -22,7 +22,7 @@ from peftrec import adapters, artifact, backbone, config, encode, scorer
 from peftrec.baselines import Prior
 from peftrec.catalogue import Catalogue, read_history, read_items
 from peftrec.errors import DataError, ModelError
-from peftrec.prompts import Codec
+from peftrec.prompts import WholeText
 from peftrec.recommender import Recommender
 from peftrec.target import Target
 
@@ -37,42 +37,60 @@ FILMS = pl.DataFrame(
 PRIOR = Prior(0.4, {"10": 0.9, "11": -0.7, "12": 0.1}, 3.0)
 
 
-def save_adapter(base: Path, folder: Path, *, seed: int = 3, strength: float = 0.3, **prompt: Any) -> Path:
+def save_adapter(
+    base: Path,
+    folder: Path,
+    *,
+    seed: int = 3,
+    strength: float = 0.3,
+    adapter: config.Adapter | None = None,
+    target: Target | None = None,
+    probes: list[artifact.Probe] | None = None,
+    model: dict[str, Any] | None = None,
+    **prompt: Any,
+) -> Path:
     """A random adapter on the base model in `base`, with everything that a run leaves beside it."""
     import torch
 
-    loaded = backbone.load(config.Model(name=str(base), dtype="float32"))
-    codec = Codec(loaded.tokenizer, HEADER, [" no", " yes"])
+    target = target or Target()
+    loaded = backbone.load(config.Model(**{"name": str(base), "dtype": "float32", **(model or {})}), target)
+    template = prompt.get("template")
+    header = "" if template else HEADER
+    codec = encode.task_codec(loaded.tokenizer, target.task, target.scale, header, None, loaded.kind)
     recipe = config.parse_recipe(
         {
+            "task": target.task,
             "data": {"name": "ml-100k"},
             "prompt": {"item": "{title} ({year})", "max_tokens": 512, **prompt},
             "model": {"name": str(base), "dtype": "float32"},
+            "score": {"head": target.head},
             "output_dir": "x",
         },
         "r",
     )
-    model = scorer.answer_only(loaded.model, codec.answers)
-    model = adapters.attach(model, config.Adapter(r=4), base_name="tiny", seed=seed)
+    attached = scorer.with_head(loaded.model, target.head, codec.answers)
+    attached = adapters.attach(attached, adapter or config.Adapter(r=4), base_name="tiny", seed=seed, steps=10)
     torch.manual_seed(seed)
-    for parameter in model.parameters():
+    for parameter in attached.parameters():
         if parameter.requires_grad:  # B is zero at the start: then nothing would be tested
-            parameter.data.normal_(std=strength)
+            parameter.data.add_(torch.randn_like(parameter), alpha=strength)
     folder.mkdir(parents=True, exist_ok=True)
-    adapters.save(model, folder)
+    adapters.save(attached, folder)
     loaded.tokenizer.save_pretrained(folder)
     about = artifact.describe(
         recipe,
         codec,
         loaded.base,
-        Target(),
+        target,
         data_name="films",
         data_sha256="0",
         like_at=4,
         max_item_tokens=32,
         example=([("Heat (1995)", 1)], "Sabrina (1954)"),
+        template=codec.completed(template) if isinstance(codec, WholeText) else None,
+        probes=probes or (),
     )
-    artifact.write(folder, about, PRIOR)
+    artifact.write(folder, about, None if target.task == "rating" else PRIOR)
     return folder
 
 
@@ -371,7 +389,7 @@ def test_the_prior_is_added_and_knows_what_the_prompt_leaves_out(
     expected = PRIOR.scores([10, 11, "?"], [0, 1, 1], [12, "?"])
     np.testing.assert_allclose(with_prior - recommender.score(history, ["Sabrina (1954)", "Unheard Of"]), expected)
     liked = reshaped(recommender, history="liked")
-    liked.prior = PRIOR
+    liked.adapters["default"].prior = PRIOR
     np.testing.assert_allclose(
         liked.score(history, [12]), recommender.score(history[1:], [12]) + expected[:1], atol=1e-5
     )
@@ -478,9 +496,9 @@ def test_only_the_caller_lets_a_model_run_its_own_code(
 ) -> None:
     asked, real = [], backbone.load
 
-    def noted(model: config.Model, *target: Any) -> backbone.Backbone:
+    def noted(model: config.Model, *target: Any, **how: Any) -> backbone.Backbone:
         asked.append(model.trust_remote_code)
-        return real(dataclasses.replace(model, trust_remote_code=False), *target)
+        return real(dataclasses.replace(model, trust_remote_code=False), *target, **how)
 
     monkeypatch.setattr(backbone, "load", noted)
     load()

@@ -74,8 +74,12 @@ ORDER = (
     "card_sections",
     "card_limits",
     "card",
+    "loaded_adapter",
+    "loading",
     "recommender",
     "reload",
+    "space_app",
+    "space",
     "cli",
     "__main__",
 )

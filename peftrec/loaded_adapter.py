@@ -1,0 +1,326 @@
+"""One adapter on its base model: what it is asked, in its own words, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from peftrec import artifact, backbone, config, scorer, virtual_tokens
+from peftrec.catalogue import Catalogue, Item, read_history, read_ratings
+from peftrec.encode import max_user_tokens, new_codec, prompt_windows, record_ids, templated_ids
+from peftrec.errors import DataError, ModelError
+from peftrec.opponents import SavedPrior
+from peftrec.prompts import ANSWER_MARK, Codec, Pieces, user_texts, with_user
+from peftrec.rating_baselines import RatingPrior
+from peftrec.target import Target
+from peftrec.timeline import WindowDataset
+
+Floats = npt.NDArray[np.float64]
+Outputs = npt.NDArray[np.float32]  # of the head, (number of candidates, K)
+
+UNKNOWN = "\0"  # stands for an item without id: no table holds it, so the prior takes the mean
+
+
+@dataclass(frozen=True)
+class Event:
+    """One entry of a history, as it was understood: the item and the index of its answer."""
+
+    item: Item
+    label: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """A history and candidates as they were understood.
+
+    Attributes:
+        events: oldest first.
+        candidates: what is to be scored; of an adapter of ready-made prompts, `given` is the record.
+        user: the person's text.
+    """
+
+    events: Sequence[Event]
+    candidates: Sequence[Item]
+    user: str = ""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One ranked item.
+
+    Attributes:
+        item: the candidate as it was given; the items table's row as a dict where the whole table was ranked.
+        item_id: its id, None where it is not in an items table and nobody gave one.
+        title: the item as the model reads it.
+        score: log-odds that the person likes it, or the predicted rating.
+        probability: chance that the person likes it; None where ratings are predicted.
+    """
+
+    item: Any
+    item_id: Any
+    title: str
+    score: float
+    probability: float | None = None
+
+
+class LoadedAdapter:
+    """Understands histories and candidates, and scores them.
+
+    Args:
+        about: the adapter's `peftrec.json`.
+        model: base model with adapter and answer head.
+        tokenizer: the base model's.
+        items: the items table, or None.
+        prior: what is added to the model's score, or None.
+
+    Raises:
+        ModelError: the tokenizer gives the answers other ids than the adapter was trained with, or the prompt is longer
+            than the model.
+        DataError: the items table lacks a column that the prompt shows.
+    """
+
+    def __init__(
+        self, about: artifact.Artifact, model: Any, tokenizer: Any, items: Any, prior: SavedPrior | None
+    ) -> None:
+        self.artifact, self.model, self.prior = about, model, prior
+        self.prompt = about.prompt
+        self.target = target_of(about)
+        backbone.check_window(model, self.prompt.max_tokens, virtual_tokens.count(model))
+        self.codec = new_codec(tokenizer, self.prompt.header, self.prompt.answers, self.prompt.kind)
+        if self.codec.answers != self.prompt.answer_ids or (tokenizer.bos_token or None) != self.prompt.bos:
+            raise ModelError(
+                f"tokenizer: answers {self.prompt.answers} are the tokens {self.codec.answers} behind "
+                f"{tokenizer.bos_token!r}; the adapter was trained with {self.prompt.answer_ids} behind "
+                f"{self.prompt.bos!r}; load it on the base model that it names, {about.base_model.hub_id}"
+            )
+        self.catalogue = Catalogue(items, self.prompt.item, ids_matter=prior is not None)
+
+    # --- what is asked ------------------------------------------------------------------------------------------------
+
+    def events(self, history: Sequence[Any]) -> list[Event]:
+        """The history as it is understood: which items were meant, and whether each was liked or how it was rated.
+
+        Raises:
+            DataError: an entry that cannot be read.
+        """
+        answers = self.prompt.answers
+        if self.artifact.task == "rating":
+            entries = read_ratings(history, self.target.scale, answers)
+        else:
+            entries = read_history(history, self.artifact.like_at, answers)
+        found = [(self.catalogue.find(entry, f"history[{i}]"), label) for i, (entry, label) in enumerate(entries)]
+        return [Event(item, label) for item, label in found]
+
+    def question(
+        self, history: Sequence[Any], candidates: Sequence[Any] | None, user: Any = None, *, unseen: bool = False
+    ) -> Question:
+        """What `Recommender.score` was asked.
+
+        Args:
+            history: as there.
+            candidates: as there; None is the whole items table.
+            user: as there.
+            unseen: leave out candidates that are in the history.
+
+        Raises:
+            DataError: something in it cannot be read, or there is nothing to score.
+        """
+        if isinstance(candidates, (str, Mapping)):
+            raise DataError(f"candidates: {candidates!r}; expected a list; put it in a list")
+        if self.own_prompts:
+            return Question([], self._records(history, candidates))
+        events = self.events(history)
+        seen = {event.item.key for event in events} if unseen else set()
+        found = [item for item in self._items(candidates) if item.key not in seen]
+        return Question(events, found, self._about(user))
+
+    def _items(self, candidates: Sequence[Any] | None) -> list[Item]:
+        if candidates is not None:
+            return [self.catalogue.find(entry, f"candidates[{i}]") for i, entry in enumerate(candidates)]
+        if not len(self.catalogue):
+            raise DataError("candidates: none given, and there is no items table to rank; give candidates or items")
+        return [self.catalogue.at(row) for row in range(len(self.catalogue))]
+
+    @property
+    def own_prompts(self) -> bool:
+        """Whether the adapter was trained on ready-made prompts, which know neither items nor histories."""
+        return self.prompt.template is not None and "item" not in config.placeholders(self.prompt.template)
+
+    def _records(self, history: Sequence[Any], candidates: Sequence[Any] | None) -> list[Item]:
+        if candidates is None:
+            raise DataError("candidates: none given; this adapter was trained on ready-made prompts: give some")
+        if len(history):
+            raise DataError("history: this adapter was trained on ready-made prompts; put the history into the input")
+        names = config.placeholders(self.prompt.template or "")
+        for i, record in enumerate(candidates):
+            if not isinstance(record, dict) or any(name not in record for name in names):
+                raise DataError(f"candidates[{i}]: {record!r}; expected a dict with {', '.join(names)}")
+        return [Item(str(one.get("input", one)), one.get("item_id"), None, one) for one in candidates]
+
+    def _about(self, user: Any) -> str:
+        """The person's text."""
+        if user is None:
+            return ""
+        if self.prompt.user is None:
+            raise DataError("user: this adapter's prompt shows nothing of the person; leave it out")
+        if isinstance(user, dict):
+            (user,) = user_texts(pl.DataFrame([user], strict=False), self.prompt.user)
+        return self.codec.written([" ".join(str(user).split())], max_user_tokens(self.prompt.max_tokens))[0]
+
+    # --- what is answered ---------------------------------------------------------------------------------------------
+
+    def score(self, questions: Sequence[Question]) -> list[Floats]:
+        """Log-odds of a like, or predicted ratings, of each question's candidates, (number of candidates,) each."""
+        found = self._outputs(questions)
+        return [
+            self.target.measure(outputs, self._prior_scores(one))[0] if len(outputs) else np.zeros(0)
+            for one, outputs in zip(questions, found, strict=True)
+        ]
+
+    def probability(self, question: Question) -> Floats:
+        """Chances of a like, (number of candidates,).
+
+        Raises:
+            DataError: the adapter predicts ratings.
+        """
+        if self.artifact.task == "rating":
+            raise DataError("probability: this adapter predicts ratings; use score")
+        return _sigmoid(self.score([question])[0])
+
+    def rank(self, question: Question, k: int) -> list[Recommendation]:
+        """The `k` best candidates, best first.
+
+        Raises:
+            DataError: `k` is below 1.
+        """
+        if k < 1:
+            raise DataError(f"k: {k}; expected a whole number from 1")
+        (scores,) = self.score([question])
+        best = np.argsort(-scores, kind="stable")[:k]
+        chances = [None] * len(best) if self.artifact.task == "rating" else _sigmoid(scores[best]).tolist()
+        found = [question.candidates[i] for i in best]
+        return [
+            Recommendation(item.given, item.item_id, item.text, score, chance)
+            for item, score, chance in zip(found, scores[best].tolist(), chances, strict=True)
+        ]
+
+    def probe_scores(self) -> Floats:
+        """What is answered to the artifact's own probes, without the prior, (number of probes,)."""
+        questions = [
+            Question([Event(_as_read(text), answer) for text, answer in probe.history], [_as_read(probe.candidate)])
+            for probe in self.artifact.probes
+        ]
+        found = [self.target.measure(outputs)[0] for outputs in self._outputs(questions)]
+        return np.concatenate([np.zeros(0), *found])
+
+    def _prior_scores(self, question: Question) -> Floats | None:
+        """The prior knows the whole history, also what the prompt leaves out."""
+        if self.prior is None or self.own_prompts:
+            return None
+        met = [_prior_id(event.item) for event in question.events]
+        asked = [_prior_id(item) for item in question.candidates]
+        labels = [event.label for event in question.events]
+        if isinstance(self.prior, RatingPrior):
+            return self.prior.scores(met, [self.target.scale[label] for label in labels], asked)
+        return self.prior.scores(met, labels, asked)
+
+    def _outputs(self, questions: Sequence[Question]) -> list[Outputs]:
+        if self.prompt.template is None:
+            histories = [self._history(one) for one in questions]
+            pieces = [Pieces.of(self._tokens([item.text for item in one.candidates])) for one in questions]
+            return scorer.score_requests(self.model, histories, pieces)
+        prompts = [self._prompts(one) for one in questions]
+        ends = np.cumsum([0, *(len(one) for one in prompts)]).tolist()
+        outputs = self._read([ids for one in prompts for ids in one])
+        return [outputs[begin:end] for begin, end in pairwise(ends)]
+
+    def _shown(self, events: Sequence[Event]) -> list[Event]:
+        shown = [event for event in events if self.prompt.history == "all" or self._liked(event)]
+        most = self.prompt.max_history
+        return shown if most is None else shown[max(0, len(shown) - most) :]
+
+    def _liked(self, event: Event) -> bool:
+        value, like_at = self.target.scale[event.label], self.artifact.like_at
+        return event.label == 1 if self.artifact.task == "click" else like_at is not None and value >= like_at
+
+    def _history(self, question: Question) -> npt.NDArray[np.int64]:
+        """Header and as many of the newest events as fit, as token ids."""
+        assert isinstance(self.codec, Codec)
+        shown = self._shown(question.events)
+        asked = self._tokens([event.item.text for event in shown])
+        lines = [[*ids, *self.codec.tail(event.label)] for ids, event in zip(asked, shown, strict=True)]
+        # Room for the longest candidate that could be: what one candidate sees must not depend on the others.
+        room = self.prompt.max_tokens - len(self.codec.header) - self.prompt.max_item_tokens - len(self.codec.tail(0))
+        kept = _newest([len(line) for line in lines], room)
+        ids = [*self.codec.header, *(token for line in lines[len(lines) - kept :] for token in line)]
+        return np.asarray(ids, dtype=np.int64)
+
+    def _prompts(self, question: Question) -> list[list[int]]:
+        """One prompt for each candidate, with as many of the newest events as fit."""
+        prompt, tail = self.prompt, self.codec.tail_length
+        template = prompt.template or ""
+        if self.own_prompts:
+            names = config.placeholders(template)
+            records = [{name: str(item.given[name]) for name in names} for item in question.candidates]
+            return [record_ids(self.codec, template, record, prompt.max_tokens) for record in records]
+        template = with_user(template, question.user)
+        shown = self._shown(question.events)
+        past = self._written([event.item.text for event in shown])
+        asked = self._written([item.text for item in question.candidates])
+        lengths = [len(ids) + tail for ids in self._tokens(past)]
+        room = prompt.max_tokens - len(self.codec.prompt(template.format(history="", item="")))
+        lines = [
+            f"{text}{ANSWER_MARK}{prompt.answers[event.label]}{prompt.line_end}"
+            for text, event in zip(past, shown, strict=True)
+        ]
+        prompts = []
+        for text, ids in zip(asked, self._tokens(asked), strict=True):
+            kept = _newest(lengths, room - len(ids) - tail)
+            prompts.append(templated_ids(self.codec, template, lines[len(lines) - kept :], text, prompt.max_tokens))
+        return prompts
+
+    def _written(self, texts: Sequence[str]) -> list[str]:
+        return self.codec.written(texts, self.prompt.max_item_tokens) if texts else []
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.codec.questions(texts, self.prompt.max_item_tokens) if texts else []
+
+    def _read(self, prompts: Sequence[list[int]]) -> Outputs:
+        if not prompts:
+            return np.zeros((0, 1), dtype=np.float32)
+        windows = prompt_windows(self.codec, np.arange(len(prompts)), prompts)
+        data = WindowDataset(windows, np.zeros(len(prompts), dtype=np.int8), None, self.prompt.max_tokens)
+        rows, outputs = scorer.score_rows(self.model, data, range(len(data)))
+        return outputs[np.argsort(rows)]
+
+
+def target_of(about: artifact.Artifact) -> Target:
+    """What the outputs of a saved adapter mean."""
+    how = about.target
+    return Target(about.task, how.head, how.loss, tuple(how.scale), tuple(how.offset), how.slope, how.centre)
+
+
+def _newest(lengths: Sequence[int], room: int) -> int:
+    """How many of the last `lengths` fit into `room` together."""
+    return int((np.cumsum(np.asarray(lengths, dtype=np.int64)[::-1]) <= room).sum())
+
+
+def _prior_id(item: Item) -> Any:
+    return UNKNOWN if item.item_id is None else item.item_id
+
+
+def _as_read(text: str) -> Item:
+    """The item of a text that is word for word what the model reads."""
+    return Item(text, None, None, text)
+
+
+def _sigmoid(log_odds: Floats) -> Floats:
+    # This form neither overflows nor loses small chances.
+    chance: Floats = np.exp(-np.logaddexp(0, -log_odds))
+    return chance

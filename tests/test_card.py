@@ -236,7 +236,10 @@ def test_groups_of_users() -> None:
     found = measured(
         metrics={"test/auc": 0.75, "test/auc|g=a": 0.55, "test/auc|g=b": 0.8, "test/auc|h=a|": 0.5},
         intervals={**measured().intervals, "adapter": own},
-        slices={name: {"rows": 8, "users": 6, "positives": 3} for name in ("all", "g=a", "g=b", "h=a|")},
+        slices={
+            name: {"rows": rows, "users": 6, "positives": 3}
+            for name, rows in {"all": 17, "g=a": 8, "g=b": 9, "h=a|": 8}.items()
+        },
     )
     said = region(card.render(facts(record=found)), "limits")
     assert (

@@ -1,7 +1,8 @@
 """Parameter-efficient fine-tuning of language models for recommendation.
 
 Exports load on first use, so that `import peftrec` and the command line start without torch. Once PEFT is imported, it
-knows the bottleneck adapters of `peftrec.bottleneck`.
+knows the bottleneck adapters of `peftrec.bottleneck`; once `transformers.pipelines` is, it knows the task
+`recommendation` of `peftrec.pipelines`.
 """
 
 from __future__ import annotations
@@ -63,4 +64,10 @@ def _add_bottleneck() -> None:
         )
 
 
+def _add_pipeline() -> None:
+    if "peftrec.pipelines" not in sys.modules:  # else it is just importing transformers' pipelines
+        import peftrec.pipelines  # noqa: F401
+
+
 after_import("peft", _add_bottleneck)
+after_import("transformers.pipelines", _add_pipeline)

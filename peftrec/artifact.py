@@ -138,6 +138,14 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class RecordProbe:
+    """The same of an adapter of ready-made prompts: a record, and the score that it got."""
+
+    record: dict[str, str]
+    score: float
+
+
+@dataclass(frozen=True)
 class Artifact:
     """Everything in `peftrec.json`."""
 
@@ -152,6 +160,13 @@ class Artifact:
     prior: Literal["prior.json"] | None = None
     seed: int = 13
     probes: list[Probe] = field(default_factory=list)
+    record_probes: list[RecordProbe] = field(default_factory=list)
+    """In place of `probes` where the prompts are ready-made."""
+
+    @property
+    def recorded(self) -> list[float]:
+        """Scores of all probes."""
+        return [*(one.score for one in self.probes), *(one.score for one in self.record_probes)]
 
 
 def describe(
@@ -267,14 +282,18 @@ def read(folder: str | Path) -> Artifact:
         raise ModelError(f"{path}: {show(found_values)}; expected a JSON object; fetch the adapter again")
     if (number := found_values.pop("format", None)) != FORMAT:
         raise ModelError(f"{path}: format {show(number)}; this version reads format {FORMAT}; upgrade peftrec")
-    probes = found_values.pop("probes", [])
+    probes, record_probes = found_values.pop("probes", []), found_values.pop("record_probes", [])
     reader = Reader(Artifact, str(path))
     artifact = reader.section(Artifact, found_values)
     if reader.problems:
         more = f" (and {len(reader.problems) - 1} more)" if len(reader.problems) > 1 else ""
         raise ModelError(f"{reader.problems[0]}{more}; fetch the adapter again, or upgrade peftrec")
     _check_sizes(artifact, path)
-    return dataclasses.replace(artifact, probes=_probes(probes, len(artifact.prompt.answers), path))
+    return dataclasses.replace(
+        artifact,
+        probes=_probes(probes, len(artifact.prompt.answers), path),
+        record_probes=_record_probes(record_probes, path),
+    )
 
 
 def _check_sizes(artifact: Artifact, path: Path) -> None:
@@ -305,6 +324,18 @@ def _probes(values: Any, answers: int, path: Path) -> list[Probe]:
     except (KeyError, TypeError, ValueError, IndexError):
         raise ModelError(
             f"{path}: probes: not a list of objects with history, candidate and score; fetch the adapter again"
+        ) from None
+
+
+def _record_probes(values: Any, path: Path) -> list[RecordProbe]:
+    try:
+        return [
+            RecordProbe({str(name): str(text) for name, text in one["record"].items()}, float(one["score"]))
+            for one in values
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ModelError(
+            f"{path}: record_probes: not a list of objects with record and score; fetch the adapter again"
         ) from None
 
 

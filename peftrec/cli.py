@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from peftrec.errors import ConfigError, PeftrecError
 
 if TYPE_CHECKING:
     from peftrec.config import Recipe
+    from peftrec.hub import Published
     from peftrec.recommender import Recommendation, Recommender
 
 INTERRUPTED, REFUSED = 130, 2  # exit codes: as a shell gives for Ctrl-C; what the caller can mend
@@ -90,6 +92,33 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(verb=_recommend)
 
     verb = verbs.add_parser(
+        "score", help="score a table of pairs (user, item) of any size; a killed run is continued by the same command"
+    )
+    verb.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter (RUN/adapter)")
+    verb.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help="Parquet, CSV or JSONL with user_id, item_id and maybe timestamp; other columns are kept",
+    )
+    verb.add_argument(
+        "--output", required=True, metavar="FOLDER", help="for the scores: new, or that of the same command"
+    )
+    verb.add_argument(
+        "--history",
+        metavar="FILE",
+        help="log with user_id, item_id, label or rating, and timestamp; a pair knows what came before its own time",
+    )
+    verb.add_argument("--items", metavar="FILE", help="items table (default: that of the adapter's named data set)")
+    verb.add_argument(
+        "--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="names in these tables: item_id=movieId"
+    )
+    verb.add_argument("--base-model", metavar="MODEL", help="folder or Hub id to use as base model instead")
+    verb.add_argument("--no-prior", action="store_true", help="leave the saved prior out of the scores")
+    verb.add_argument("--part-rows", type=int, default=4096, metavar="N", help="rows of a part (default: 4096)")
+    verb.set_defaults(verb=_score)
+
+    verb = verbs.add_parser(
         "evaluate", help="compute every metric of a run again from its predictions; no model needed"
     )
     verb.add_argument("run", metavar="RUN", help="folder of a finished run")
@@ -111,6 +140,63 @@ def _parser() -> argparse.ArgumentParser:
     }.items():
         verb.add_argument(f"--{name}", metavar="TEXT", help=f"{text}; kept in RUN/card.yaml")
     verb.set_defaults(verb=_card)
+
+    verb = verbs.add_parser("export", help="write an adapter as one merged model, or as a LoRA folder for vLLM")
+    verb.add_argument("adapter", metavar="RUN_OR_ADAPTER", help="folder of a finished run, or of its adapter")
+    verb.add_argument("output", metavar="OUTPUT", help="folder to write, new or empty")
+    verb.add_argument(
+        "--format",
+        choices=("merged", "vllm"),
+        required=True,
+        help="merged: base model and adapter as one model that transformers loads; vllm: the adapter, checked against "
+        "what vLLM takes",
+    )
+    verb.add_argument("--base-model", metavar="MODEL", help="merged: folder or Hub id to use as base model instead")
+    verb.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="merged: of the weights (default: float32)"
+    )
+    verb.set_defaults(verb=_export)
+
+    verb = verbs.add_parser("push", help="publish a run's adapter: checked, loaded back, one commit, read back")
+    verb.add_argument("run", metavar="RUN", help="folder of a finished run, or of its adapter")
+    verb.add_argument("repo_id", metavar="REPO_ID", help="namespace/name on the Hub, or file:FOLDER")
+    seen = verb.add_mutually_exclusive_group()
+    seen.add_argument("--private", action="store_true", help="of a new repository: for your eyes only (default)")
+    seen.add_argument("--public", action="store_true", help="of a new repository: for everyone")
+    verb.add_argument("--revision", metavar="BRANCH", help="branch, made where there is none (default: main)")
+    verb.add_argument("--create-pr", action="store_true", help="propose the commit as a pull request")
+    verb.add_argument("--tag", metavar="NAME", help="name for the commit")
+    verb.add_argument("--message", metavar="TEXT", help="first line of the commit")
+    verb.add_argument(
+        "--allow",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TEXT",
+        help="beginnings of addresses, paths or ids that may be published, such as a contact's e-mail address",
+    )
+    verb.add_argument("--base-model", metavar="MODEL", help="folder or Hub id to load it back on instead")
+    verb.add_argument("--dry-run", action="store_true", help="check everything and show the plan; write nothing")
+    verb.add_argument("--yes", action="store_true", help="do not ask before publishing")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+    verb.set_defaults(verb=_push)
+
+    verb = verbs.add_parser("pull", help="fetch an adapter, look at every file, and print its folder")
+    verb.add_argument("repo_id", metavar="REPO", help="namespace/name on the Hub, or file:FOLDER")
+    verb.add_argument("--revision", metavar="REVISION", help="branch, tag or commit (default: main)")
+    verb.add_argument("--output", metavar="FOLDER", help="copy the files there (default: they stay in the Hub's cache)")
+    verb.set_defaults(verb=_pull)
+
+    verb = verbs.add_parser("info", help="what an adapter is and wants, and whether it was checked; no model is loaded")
+    verb.add_argument("where", metavar="REPO", help="namespace/name on the Hub, or a folder of a run or an adapter")
+    verb.add_argument("--revision", metavar="REVISION", help="branch, tag or commit (default: main)")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+    verb.set_defaults(verb=_info)
+
+    verb = verbs.add_parser("list", help="adapters that somebody has pushed with peftrec")
+    verb.add_argument("author", metavar="AUTHOR", help="a user or an organisation of the Hub")
+    verb.add_argument("--json", action="store_true", help="print one JSON list")
+    verb.set_defaults(verb=_list)
 
     verb = verbs.add_parser("space", help="write the folder of a Hugging Face Space in which anybody asks the adapter")
     verb.add_argument("run", metavar="RUN", help="folder of a finished run")
@@ -186,6 +272,8 @@ def _summary(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "score", "model alone" if recipe.score.prior == "none" else f"model + {recipe.score.prior}"
     yield "eval", f"{recipe.eval.history} history, baselines: {', '.join(recipe.eval.baselines) or 'none'}"
     yield "output", recipe.output_dir
+    if recipe.hub.push:
+        yield "hub", f"pushed to {recipe.hub.repo_id}, {'private' if recipe.hub.private else 'public'} if it is new"
 
 
 # --- datasets ---------------------------------------------------------------------------------------------------------
@@ -280,6 +368,33 @@ def _as_json(recommender: Recommender, history: list[str], best: list[Recommenda
     print(json.dumps({"history": events, "recommended": ranked}, indent=2, ensure_ascii=False))
 
 
+# --- score ------------------------------------------------------------------------------------------------------------
+
+
+def _score(given: argparse.Namespace) -> None:
+    columns = dict(_pair(text) for text in given.columns)
+    from peftrec import scoring
+
+    job = scoring.Job(
+        adapter=given.adapter,
+        input=given.input,
+        output=given.output,
+        history=given.history,
+        items=given.items,
+        columns=columns,
+        base_model=given.base_model,
+        prior=not given.no_prior,
+        part_rows=given.part_rows,
+    )
+    done = scoring.score_table(job)
+    if done.scored:
+        print(f"scored {done.scored:,} pairs in {done.seconds:.1f} seconds, {done.scored / done.seconds:.1f} a second")
+    if done.complete:
+        print(
+            f"{given.output}: complete, {done.rows:,} rows in {done.parts:,} parts; read {given.output}/{scoring.PARTS}"
+        )
+
+
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +432,120 @@ def _card(given: argparse.Namespace) -> None:
         words = card_facts.overlaid(card_facts.read_author(given.run, facts), config.Author(**told))
         card_facts.write_author(given.run, words)
     print(path)
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def _export(given: argparse.Namespace) -> None:
+    if given.format == "vllm" and (given.base_model or given.dtype):
+        option = "--base-model" if given.base_model else "--dtype"
+        raise ConfigError(f"{option}: means nothing to --format vllm, which writes the adapter alone; leave it out")
+    from peftrec import export
+
+    if given.format == "vllm":
+        lora = export.for_vllm(given.adapter, given.output)
+        print(f"{lora.folder}: a LoRA adapter as vLLM takes them (checked by format; vLLM was not run); serve it with")
+        print(f"  vllm serve {lora.base_model} --enable-lora --max-lora-rank {lora.max_lora_rank} \\")
+        print(f"      --lora-modules recommend={lora.folder}")
+        return
+    done = export.merged(given.adapter, given.output, base_model=given.base_model, dtype=given.dtype or "float32")
+    print(
+        f"{done.folder}: a model of {done.bytes / 1e6:,.1f} MB; in float32 its scores differ from the adapter's by at "
+        f"most {done.difference:.1g}"
+    )
+
+
+# --- push, pull, info, list -------------------------------------------------------------------------------------------
+
+
+def _push(given: argparse.Namespace) -> None:
+    asks = not (given.yes or given.dry_run)
+    if asks and not sys.stdin.isatty():
+        raise ConfigError("push: nobody to ask before publishing; expected a terminal; add --yes, or --dry-run")
+    from functools import partial
+
+    from peftrec import hub
+
+    done = hub.push(
+        given.run,
+        given.repo_id,
+        private=not given.public,
+        revision=given.revision,
+        create_pr=given.create_pr,
+        tag=given.tag,
+        commit_message=given.message,
+        allow=given.allow,
+        dry_run=given.dry_run,
+        confirm=_confirm if asks else None,
+        reload_check=partial(hub.check_reload, base_model=given.base_model),
+    )
+    if given.json:
+        print(json.dumps(dataclasses.asdict(done), indent=2))
+    elif done.dry_run and not asks:
+        _show_plan(done)
+    elif done.dry_run:
+        print("nothing was published")
+    else:
+        print(_published(done))
+
+
+def _published(done: Published) -> str:
+    if not done.changed and done.tag is None:
+        return f"{done.url}: everything was there already{f' ({done.commit})' if done.commit else ''}"
+    where = f" as {done.commit} of {done.revision}" if done.commit else ""
+    tagged = f", tagged {done.tag}" if done.tag else ""
+    return f"{done.pr_url or done.url}: published{where}{tagged}, read back and equal"
+
+
+def _show_plan(plan: Published) -> None:
+    """What a push would do, file by file, on stderr where an answer is still to be printed."""
+    seen = "" if plan.private is None else " (private)" if plan.private else " (public: everyone will see it)"
+    place = "" if plan.revision is None else f", {plan.revision}"
+    print(f"{plan.url}{place}{seen}")
+    for what in ("added", "changed", "deleted"):
+        for path, size in getattr(plan.difference, what).items():
+            print(f"  {what:<7}  {size:>13,} bytes  {path}")
+    if not plan.difference:
+        print("  nothing to add, change or delete")
+
+
+def _confirm(plan: Published) -> bool:
+    if not plan.difference and plan.tag is None:
+        return True
+    # The plan is not what was asked for: with --json only that goes to stdout.
+    with redirect_stdout(sys.stderr):
+        _show_plan(plan)
+        print("publish this? [y/N] ", end="", flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _pull(given: argparse.Namespace) -> None:
+    from peftrec import hub
+
+    print(hub.pull(given.repo_id, given.revision, local_dir=given.output))
+
+
+def _info(given: argparse.Namespace) -> None:
+    from peftrec import hub
+
+    found = hub.info(given.where, given.revision)
+    print(json.dumps(found.facts(), indent=2, ensure_ascii=False) if given.json else "\n".join(found.lines()))
+
+
+def _list(given: argparse.Namespace) -> None:
+    from peftrec import hub
+
+    found = hub.list_adapters(given.author)
+    if given.json:
+        print(json.dumps([dataclasses.asdict(one) for one in found], indent=2))
+        return
+    if not found:
+        print(f"{given.author}: no adapters that peftrec pushed, or none for who asks")
+    width = max((len(one.repo_id) for one in found), default=0)
+    for one in found:
+        seen = "private" if one.private else "public"
+        print(f"{one.repo_id:<{width}}  {seen:<7}  {one.updated or '':<25}  {one.downloads:>9,} downloads")
 
 
 # --- space ------------------------------------------------------------------------------------------------------------

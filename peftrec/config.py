@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import shlex
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ from typing import Annotated, Any, Literal
 from peftrec import compatibility
 from peftrec.errors import ConfigError
 from peftrec.schema import Check, Reader, dump_yaml, leaves, override, read_yaml, show
+
+FILE_TARGET = "file:"
+"""In front of a folder where a repository's name could stand."""
 
 
 def placeholders(template: str) -> list[str]:
@@ -45,6 +49,21 @@ def _is_template(text: str) -> bool:
         return bool(placeholders(text))
     except ValueError:
         return False
+
+
+REPO_ID = "namespace/name of a model on the Hub, such as me/films, or file:FOLDER"
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether the Hub could have a repository of this name; a folder is told by `file:` in front."""
+    if _is_folder(text):
+        return len(text) > len(FILE_TARGET)
+    plain = re.fullmatch(r"(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", text, re.ASCII)
+    return plain is not None and not any(odd in text for odd in ("--", "..")) and not text.endswith(".git")
+
+
+def _is_folder(repo_id: str | None) -> bool:
+    return repo_id is not None and repo_id.startswith(FILE_TARGET)
 
 
 Count = Annotated[int, Check("a whole number from 1", lambda n: n >= 1)]
@@ -358,6 +377,36 @@ class Author:
     """The base model on the Hub where it was loaded from a local folder."""
 
 
+@dataclass(frozen=True)
+class Hub:
+    """Publishing at the end of the run; `peftrec push RUN REPO_ID` does the same later."""
+
+    push: bool = False
+    """Publish the adapter once the run is complete on disk; a push that fails costs nothing but a warning."""
+    repo_id: Annotated[str, Check(REPO_ID, is_repo_id)] | None = None
+    """Where to: `namespace/name`, `name` for one of one's own, or `file:FOLDER`."""
+    private: bool = True
+    """Whether a repository that is made is for its owner's eyes only."""
+    revision: Text | None = None
+    """Branch, made where there is none; null is main."""
+    create_pr: bool = False
+    """Propose the commit as a pull request."""
+    tag: Text | None = None
+    """Name for the commit."""
+    commit_message: Text | None = None
+    """First line of the commit; null says the task."""
+    allow: list[Text] = field(default_factory=list)
+    """Beginnings of addresses, paths or ids that may be published, such as a contact's e-mail address."""
+
+    def command(self, folder: str | Path) -> str:
+        """The command that publishes the run in `folder` in the same way, later."""
+        words = ["peftrec", "push", str(folder), self.repo_id or "REPO_ID", "" if self.private else "--public"]
+        named = {"--revision": self.revision, "--tag": self.tag, "--message": self.commit_message}
+        words += [word for name, value in named.items() if value for word in (name, value)]
+        words += ["--create-pr" if self.create_pr else "", *(["--allow", *self.allow] if self.allow else [])]
+        return shlex.join(filter(None, words))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One run, complete: the same recipe, data and versions give the same adapter."""
@@ -380,6 +429,8 @@ class Recipe:
     """Measurement."""
     card: Author = field(default_factory=Author)
     """What its author says of the adapter."""
+    hub: Hub = field(default_factory=Hub)
+    """Publishing."""
     output_dir: Text
     """Folder of the run, created if need be."""
     seed: Annotated[int, Check("a whole number from 0 to 2**32 - 1", lambda n: 0 <= n < 2**32)] = 13
@@ -452,7 +503,9 @@ def parse_recipe(mapping: Mapping[str, Any], where: str) -> Recipe:
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Nested plain values that `parse_recipe` reads back, without the keys that do nothing in this recipe."""
-    return _plain(recipe, "", _idle(recipe))
+    # Where nothing is published that goes without saying.
+    silent = {} if recipe.hub.push else {"hub.push": "hub.push"}
+    return _plain(recipe, "", _idle(recipe) | silent)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -493,7 +546,7 @@ def _checked(reader: Reader, recipe: Recipe) -> Recipe:
 def _idle(recipe: Recipe) -> dict[str, str]:
     """Keys that do nothing in this recipe -> the key whose value makes them so."""
     data, kind, layout = recipe.data, recipe.data.split.kind, recipe.prompt.layout
-    four_bits, method = recipe.model.load_in_4bit, recipe.adapter.method
+    four_bits, method, hub = recipe.model.load_in_4bit, recipe.adapter.method, recipe.hub
     source = "data.interactions" if data.interactions else "data.records"
     own_files = isinstance(data.records, dict) or (data.interactions or data.records or "").lower().endswith(
         _FILE_SUFFIXES
@@ -532,6 +585,8 @@ def _idle(recipe: Recipe) -> dict[str, str]:
         (recipe.score.head != "tokens", "score.head", "eval.base_model"),
         (recipe.task == "rating" and recipe.prompt.history == "all", "prompt.history", "data.like_at"),
         (recipe.train.evals == 0, "train.evals", "train.early_stopping_patience train.metric_for_best_model"),
+        (_is_folder(hub.repo_id), "hub.repo_id", "hub.private hub.revision hub.create_pr hub.tag hub.commit_message"),
+        (not hub.push, "hub.push", " ".join(set(leaves(Hub, "hub.")) - {"hub.push"})),
     )
     return {key: decider for applies, decider, keys in cases if applies for key in keys.split()}
 
@@ -548,6 +603,7 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], str]]:
     if recipe.eval.user_groups and recipe.data.name is None and recipe.data.users is None:
         yield "data.users", ("eval.user_groups", "data"), "missing; eval.user_groups names columns of it; set it"
     yield from _task_conflicts(recipe)
+    yield from _hub_conflicts(recipe)
     yield from compatibility.conflicts(recipe)
     if recipe.score.prior != "none" and recipe.data.records is not None:
         text = f"{recipe.score.prior}; records have no items to count the ratings of; set it to none"
@@ -558,6 +614,19 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], str]]:
     if recipe.train.order == "random" and recipe.eval.history == "streaming":
         text = "random; it lets a training event see later ones, which no streaming row can; set eval.history: frozen"
         yield "train.order", ("eval.history",), text
+
+
+def _hub_conflicts(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    hub = recipe.hub
+    if not hub.push:
+        return
+    if hub.repo_id is None:
+        yield "hub.repo_id", ("hub.push",), f"missing; hub.push needs to know where to: expected {REPO_ID}"
+    if recipe.adapter.method == "none":
+        yield "hub.push", ("adapter.method",), "true, and adapter.method: none makes no adapter; set it to false"
+    if hub.create_pr and hub.revision not in (None, "main"):
+        text = f"{hub.revision}; a pull request (hub.create_pr) is made against main; remove one of them"
+        yield "hub.revision", ("hub.create_pr",), text
 
 
 def _task_conflicts(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], str]]:

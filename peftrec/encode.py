@@ -113,6 +113,10 @@ class Encoder:
         drawn = drawn_order(len(self.log), seed, "questions")[:n]
         return [(self._past(row), self.texts[int(self.log.item[row])]) for row in drawn.tolist()]
 
+    def records_of(self, n: int, seed: int) -> list[dict[str, str]]:
+        """`n` of the ready-made prompts, drawn by `seed`."""
+        return self._records(np.asarray(drawn_order(len(self.log), seed, "questions")[:n]))
+
     def _past(self, row: int) -> list[tuple[str, int]]:
         first = int(np.searchsorted(self.log.user, self.log.user[row]))
         return [

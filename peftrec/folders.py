@@ -14,17 +14,17 @@ from pathlib import Path
 from peftrec import artifact
 from peftrec.contents import list_files
 from peftrec.errors import HubError
+from peftrec.hub_client import Content
 
 _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 
-def replace(target: Path, files: Mapping[str, Path], hashes: Mapping[str, str]) -> bool:
+def replace(target: Path, files: Mapping[str, Content]) -> bool:
     """Make `target` hold copies of `files`, and nothing else.
 
     Args:
         target: a folder with an adapter, an empty one, or none.
-        files: path inside the folder -> file.
-        hashes: path inside the folder -> sha256 that the copy must have.
+        files: path inside the folder -> file; a copy with another hash is refused.
 
     Returns:
         Whether anything was written: False where the folder held the same already.
@@ -32,8 +32,9 @@ def replace(target: Path, files: Mapping[str, Path], hashes: Mapping[str, str]) 
     Raises:
         HubError: the folder holds other things, or cannot be written.
     """
+    there = adapter_in(target)
     try:
-        if _holds(target, hashes):
+        if there.keys() == files.keys() and all(sha256(place) == files[path].sha256 for path, place in there.items()):
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, hence on the same filesystem: a rename is atomic only there.
@@ -42,31 +43,39 @@ def replace(target: Path, files: Mapping[str, Path], hashes: Mapping[str, str]) 
             for path, file in files.items():
                 copy = new / path
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, copy)
+                shutil.copyfile(file.place, copy)
                 with copy.open("rb+") as written:
                     os.fsync(written.fileno())
-                if _sha256(copy) != hashes[path]:
-                    raise HubError(f"{file}: changed while it was copied; nothing was published: push again")
+                if sha256(copy) != file.sha256:
+                    raise HubError(f"{file.place}: changed while it was copied; nothing was published: push again")
             _swap(new, target)
     except OSError as error:
         raise HubError(f"{target}: cannot be written ({error.strerror or error}); choose another folder") from error
     return True
 
 
-def _holds(target: Path, hashes: Mapping[str, str]) -> bool:
-    """Whether `target` is the same already; refuses what is not an adapter's folder."""
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise HubError(f"{target}: not a folder; expected one, or none; choose another")
-    if not target.exists() or not any(target.iterdir()):
-        return False
+def adapter_in(target: Path) -> dict[str, Path]:
+    """Path inside the folder -> file, of an adapter that lies there; empty where nothing does.
+
+    Raises:
+        HubError: it is no folder, or it holds other things.
+    """
+    try:
+        if target.is_symlink() or (target.exists() and not target.is_dir()):
+            raise HubError(f"{target}: not a folder; expected one, or none; choose another")
+        if not target.exists() or not any(target.iterdir()):
+            return {}
+    except OSError as error:
+        raise HubError(f"{target}: cannot be read ({error.strerror or error}); choose another folder") from error
     found, others = list_files(target)
     if artifact.FILE not in found or others:
         what = others[0].partition(":")[0] if others else f"no {artifact.FILE}"
         raise HubError(f"{target}: holds other things than an adapter ({what}); choose another folder")
-    return found.keys() == hashes.keys() and all(_sha256(file) == hashes[path] for path, file in found.items())
+    return found
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The hash of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as opened:
         while block := opened.read(1 << 20):

@@ -216,6 +216,7 @@ class LoadedAdapter:
             Question([Event(_as_read(text), answer) for text, answer in probe.history], [_as_read(probe.candidate)])
             for probe in self.artifact.probes
         ]
+        questions += [self.question([], [one.record]) for one in self.artifact.record_probes]
         found = [self.target.measure(outputs)[0] for outputs in self._outputs(questions)]
         return np.concatenate([np.zeros(0), *found])
 

@@ -165,13 +165,13 @@ def difference_of_bases(about: artifact.Artifact, base: Backbone) -> str | None:
 
 def difference_of_scores(adapter: LoadedAdapter) -> str:
     """How far what is answered to the adapter's probes is from what it recorded, in words."""
-    probes = adapter.artifact.probes
-    if not probes:
+    recorded = adapter.artifact.recorded
+    if not recorded:
         return "it records no scores to compare with: they may differ from the published ones by any amount"
-    distance = np.abs(adapter.probe_scores() - [probe.score for probe in probes])
+    distance = np.abs(adapter.probe_scores() - recorded)
     unit = "of log-odds" if adapter.artifact.task == "click" else "rating points"
     return (
-        f"its {len(probes)} recorded scores (float32) differ from those here "
+        f"its {len(recorded)} recorded scores (float32) differ from those here "
         f"({str(adapter.model.dtype).removeprefix('torch.')}) by up to {distance.max():.2g} {unit}, "
         f"{distance.mean():.2g} in the mean"
     )

@@ -26,11 +26,20 @@ def group() -> Any:
     return PartialState(cpu=not backbone.has_gpu())
 
 
+def launched() -> bool:
+    """Whether `accelerate launch` started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def on_this_machine() -> int:
+    """How many of the run's processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def alone_by_mistake() -> str | None:
     """A line to warn with where accelerate was asked for several processes on the CPU, and started one."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     # Its launcher of single processes names a meeting point if, and only if, it was asked for several.
-    if launched and "MASTER_PORT" in os.environ and group().num_processes == 1 and not backbone.has_gpu():
+    if launched() and "MASTER_PORT" in os.environ and group().num_processes == 1 and not backbone.has_gpu():
         return (
             "accelerate was asked for several processes and started one, as it does for --cpu and MULTI_CPU; the run "
             "goes on with one; for several use --config_file recipes/accelerate/multi_cpu.yaml"

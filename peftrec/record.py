@@ -354,15 +354,19 @@ def read_predictions(run: str | Path) -> pl.DataFrame:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A scratch file beside `path` that becomes `path` when the block ends well, and is gone when it does not.
+def atomic(path: Path, scratch_in: Path | None = None) -> Iterator[Path]:
+    """A scratch file that becomes `path` when the block ends well, and is gone when it does not.
+
+    Args:
+        path: the file.
+        scratch_in: a folder of the same filesystem; None is that of `path`.
 
     Raises:
         PeftrecError: the file cannot be written (disk full, folder missing or not writable).
     """
     scratch: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=scratch_in or path.parent, prefix=f".{path.name}-", suffix=path.suffix)
         os.close(handle)
         scratch = Path(name)
         yield scratch

@@ -6,7 +6,9 @@ multiplied, yet the model's own forward (soft-capping, scaling, PEFT, DDP and FS
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -130,6 +132,48 @@ def score_rows(
     return np.concatenate(rows), np.concatenate(outputs) if outputs else np.zeros((0, 1), dtype=np.float32)
 
 
+@contextmanager
+def continued_histories() -> Iterator[None]:
+    """Within, `score_candidates` keeps the last history's cache and reads of the next one only what is new.
+
+    Histories that grow, one person's as of one time after another, are then read once. Scores are the same within
+    float tolerance.
+    """
+    token = _KEPT.set(_Kept())
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
+class _Kept:
+    """The cache of the history that was asked last: its tokens, (L,), and the model that read them."""
+
+    def __init__(self) -> None:
+        self._model: Any = None
+        self._cache: Any = None
+        self._ids = np.zeros(0, dtype=np.int64)
+
+    def take(self, model: Any, history: np.ndarray) -> tuple[Any, int]:
+        """The cache, and how many of the first tokens of `history` it holds; it is given away until `put`."""
+        cache, self._cache = self._cache, None
+        if cache is None or self._model is not model:
+            return None, 0
+        both = min(len(history), len(self._ids))
+        shared = int(np.append(history[:both] == self._ids[:both], False).argmin())
+        if shared == 0:
+            return None, 0
+        cache.crop(shared - len(self._ids))  # negative: so many tokens from the end
+        return cache, shared
+
+    def put(self, model: Any, cache: Any, history: np.ndarray) -> None:
+        """Keep the cache of `history`."""
+        self._model, self._cache, self._ids = model, cache, history.copy()
+
+
+_KEPT: ContextVar[_Kept | None] = ContextVar("_KEPT", default=None)
+
+
 @torch.inference_mode()
 def score_candidates(model: Any, history: np.ndarray, candidates: Pieces, *, chunk_tokens: int = 512) -> np.ndarray:
     """Score candidates behind one history: the history is computed once, candidates do not see each other.
@@ -139,7 +183,8 @@ def score_candidates(model: Any, history: np.ndarray, candidates: Pieces, *, chu
         history: token ids of header and past events, (L,); read in the order in which they stand, so that an event
             sees all events above it.
         candidates: each candidate's `{text}:` pieces.
-        chunk_tokens: candidate tokens in one forward; more cost more attention to candidates that are masked out.
+        chunk_tokens: candidate tokens in one forward, of which the first reads the history, too; more cost more
+            attention to candidates that are masked out.
 
     Returns:
         The head's outputs, (number of candidates, K).
@@ -147,35 +192,34 @@ def score_candidates(model: Any, history: np.ndarray, candidates: Pieces, *, chu
     from transformers import DynamicCache
 
     model.eval()
-    device, past = model.device, len(history)
-    cache = DynamicCache(config=model.config)
-    if past:
-        causal = torch.ones(1, past, past, dtype=torch.bool, device=device).tril()
-        model(
-            input_ids=torch.as_tensor(history, device=device)[None].long(),
-            attention_mask=_additive(causal, model.dtype),
-            past_key_values=cache,
-            use_cache=True,
-        )
+    device, past, kept = model.device, len(history), _KEPT.get()
+    cache, held = kept.take(model, history) if kept is not None else (None, 0)
+    if cache is None:
+        cache = DynamicCache(config=model.config)
     outputs = []
     for first, last in _chunks(candidates.lengths, chunk_tokens):
         begin, end = int(candidates.start[first]), int(candidates.start[last])
-        ids = torch.as_tensor(candidates.flat[begin:end].astype(np.int64), device=device)
-        starts = torch.as_tensor(candidates.start[first:last] - begin, device=device)
-        event = torch.bucketize(torch.arange(end - begin, device=device), starts, right=True)
-        offset = torch.arange(end - begin, device=device) - starts[event - 1]
-        own = (event[:, None] == event[None, :]).tril()
-        seen = torch.cat((torch.ones(end - begin, past, dtype=torch.bool, device=device), own), dim=1)
+        new = past - held
+        ids = torch.as_tensor(np.concatenate((history[held:], candidates.flat[begin:end])).astype(np.int64))
+        starts = torch.as_tensor(candidates.start[first:last] - begin + new, device=device)
+        place = torch.arange(len(ids), device=device)
+        event = torch.bucketize(place, starts, right=True)  # 0 is the history
+        offset = place - torch.cat((starts.new_zeros(1), starts))[event]
+        seen = ((event[:, None] == event[None, :]) | (event[None, :] == 0)).tril()
+        seen = torch.cat((seen.new_ones(len(ids), held), seen), dim=1)
         logits = model(
-            input_ids=ids[None],
+            input_ids=ids[None].to(device),
             attention_mask=_additive(seen[None], model.dtype),
-            position_ids=(past + offset)[None],
+            position_ids=(offset + torch.where(event == 0, held, past))[None],
             past_key_values=cache,
             use_cache=True,
         ).logits
         cache.crop(begin - end)  # negative: so many tokens from the end
-        ends = torch.as_tensor(candidates.start[first + 1 : last + 1] - begin - 1, device=device)
+        held = past
+        ends = torch.as_tensor(candidates.start[first + 1 : last + 1] - begin - 1 + new, device=device)
         outputs.append(logits[0, ends].float().cpu().numpy())
+    if kept is not None and outputs:
+        kept.put(model, cache, history)
     return np.concatenate(outputs) if outputs else np.zeros((0, 1), dtype=np.float32)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -136,6 +136,36 @@ def collect(table: pl.LazyFrame, where: str) -> pl.DataFrame:
     if frame.is_empty():
         raise DataError(f"{where}: no rows; expected at least one row below the header")
     return frame
+
+
+def pieces(
+    source: str, rows: int, wanted: Sequence[int] | None = None, columns: Sequence[str] | None = None
+) -> Iterator[tuple[int, pl.DataFrame]]:
+    """The table at `source` as pieces of `rows` rows with their numbers; memory does not grow with the table.
+
+    Args:
+        source: A Parquet, CSV or JSONL file.
+        rows: Of each piece; the last one may have fewer.
+        wanted: Numbers of the pieces to give, ascending; None is all.
+        columns: Which to read; None is all.
+
+    Raises:
+        DataError: If the content cannot be read.
+    """
+    first = wanted[0] if wanted else 0
+    table = scan(source).slice(first * rows, None if wanted is None else (wanted[-1] + 1 - first) * rows)
+    chosen = None if wanted is None else set(wanted)
+    if columns is not None:
+        table = table.select(columns)
+    full = True
+    try:
+        for number, frame in enumerate(table.collect_batches(chunk_size=rows, maintain_order=True, lazy=True), first):
+            assert full, "only the last piece may be short"
+            full = len(frame) == rows
+            if len(frame) and (chosen is None or number in chosen):
+                yield number, frame
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise unreadable(source, error) from error
 
 
 def column_names(table: pl.LazyFrame, where: str) -> list[str]:

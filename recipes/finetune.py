@@ -30,6 +30,7 @@ from peftrec import (
     config,
     encode,
     figures,
+    hub,
     interactions,
     methods,
     metrics,
@@ -258,13 +259,15 @@ def main() -> None:
     print("\n" + comparison.table())
 
     # The run is safe; now the adapter is loaded as a user would load it, and asked.
-    if about is not None and log.prompts is None:
+    if about is not None:
         del model, loaded
         _probe(folder / "adapter", about, known, encoder, log, recipe)
     if about is not None:
-        _write_card(folder)
+        _write_card(folder, recipe.hub.repo_id)
     if about is not None and log.prompts is None:
         _recommend(folder / "adapter", log, recipe)
+    if recipe.hub.push:
+        _push(folder, recipe.hub)
     print(f"\neverything is in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
@@ -345,17 +348,45 @@ def _probe(
     recommender = Recommender.from_pretrained(
         folder, items=log.items, dtype="float32", prior=False, trust_remote_code=recipe.model.trust_remote_code
     )
-    probes = []
-    for history, candidate in encoder.questions_of(PROBES, recipe.seed):
-        told = [(text, encoder.codec.answer_texts[answer]) for text, answer in history]
-        (score,) = recommender.score(told, [candidate])
-        probes.append(artifact.Probe(history, candidate, float(score)))
-    artifact.write(folder, dataclasses.replace(about, probes=probes), known.saved_prior)
+    probes: list[artifact.Probe] = []
+    record_probes: list[artifact.RecordProbe] = []
+    if log.prompts is not None:
+        asked = encoder.records_of(PROBES, recipe.seed)
+        scores = recommender.score([], asked).tolist()
+        record_probes = [artifact.RecordProbe(one, score) for one, score in zip(asked, scores, strict=True)]
+    else:
+        for history, candidate in encoder.questions_of(PROBES, recipe.seed):
+            told = [(text, encoder.codec.answer_texts[answer]) for text, answer in history]
+            (score,) = recommender.score(told, [candidate])
+            probes.append(artifact.Probe(history, candidate, float(score)))
+    about = dataclasses.replace(about, probes=probes, record_probes=record_probes)
+    artifact.write(folder, about, known.saved_prior)
 
 
-def _write_card(folder: Path) -> None:
+def _push(folder: Path, how: config.Hub) -> None:
+    """Publish the adapter; whatever goes wrong, the run has not failed."""
     try:
-        card.write(folder)
+        done = hub.push(
+            folder,
+            how.repo_id or "",
+            private=how.private,
+            revision=how.revision,
+            create_pr=how.create_pr,
+            tag=how.tag,
+            commit_message=how.commit_message,
+            allow=how.allow,
+        )
+    except Exception as error:  # hours of training must not look lost for any reason that there may be
+        reason = " ".join((str(error) or type(error).__name__).split("\n")[0].split())
+        print(f"warning: hub.push: {reason}; the run is complete; push it later: {how.command(folder)}")
+    else:
+        print(f"\n{done.pr_url or done.url}: published{f' as {done.commit}' if done.commit else ''}")
+
+
+def _write_card(folder: Path, repo_id: str | None = None) -> None:
+    on_hub = repo_id is not None and "/" in repo_id and not repo_id.startswith("file:")
+    try:
+        card.write(folder, repo_id=repo_id if on_hub else None)
     except Exception as error:  # whatever it is, the run is not lost for it
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"warning: no model card ({reason}); the run is complete; peftrec card {folder} tries again")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -258,3 +259,48 @@ def load_tiny(codec: Any) -> Callable[..., Any]:
 def tiny_model(load_tiny: Callable[..., Any], tiny_llama_folder: Path) -> Any:
     """The tiny Llama with its answer head. Shared: tests must not change it."""
     return load_tiny(tiny_llama_folder)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A small adapter's folder, with nothing that could be loaded."""
+    from hub_helpers import write_adapter
+
+    return write_adapter(tmp_path / "adapter")
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that were slept; nobody does."""
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import _http
+
+    from peftrec import hub_client
+
+    found: list[float] = []
+    for module in (hub_client, _http, file_download):
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=found.append))
+    return found
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slept: list[float]) -> Iterator[Any]:
+    """A Hub in this process; requests go there, and the cache is new."""
+    from hub_server import HubServer
+    from huggingface_hub import close_session, constants
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    disable_progress_bars()
+    with HubServer() as running:
+        # As HF_ENDPOINT, HF_HUB_CACHE, HF_HUB_DISABLE_XET and no HF_HUB_OFFLINE would say, had they been set at import.
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        yield running
+        close_session()
+    enable_progress_bars()

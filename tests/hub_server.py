@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 WRITE, READ, OTHER = "hub_write", "hub_read", "hub_other"
 TOKENS = {WRITE: ("me", True), READ: ("me", False), OTHER: ("other", True)}
@@ -34,6 +34,8 @@ LARGE = re.compile(r"\.(safetensors|bin|pt|pkl|png|h5|onnx)$")
 """Files that the Hub keeps as LFS objects, as its first `.gitattributes` says."""
 LARGE_BYTES = 10_000_000
 PIECE = 1 << 16
+PAGE = 2
+DATE = "2026-01-02T03:04:05.000Z"
 FIRST_FILES = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
 
 
@@ -335,6 +337,35 @@ def _refs(request: Request, repo_id: str) -> Reply:
     return Reply(body=found)
 
 
+def _commits(request: Request, repo_id: str, revision: str) -> Reply:
+    """The newest first, in pages of two: the client must follow the links."""
+    repo = request.repo(repo_id)
+    found, oid = [], repo.resolve(revision)
+    while oid:
+        commit = repo.commits[oid]
+        title, _, message = commit.message.partition("\n\n")
+        found.append({"id": oid, "title": title, "message": message, "date": DATE, "authors": [{"user": repo.owner}]})
+        oid = commit.parent or ""
+    return _page(request, found, f"{request.hub.url}/api/models/{repo_id}/commits/{quote(revision, safe='')}")
+
+
+def _models(request: Request) -> Reply:
+    user, author = request.user(), request.query.get("author")
+    found = []
+    for repo_id, repo in request.hub.repos.items():
+        if repo.owner == author and (not repo.private or repo.owner == user):
+            facts = _info(request, repo_id).body
+            found.append({**facts, "lastModified": DATE})
+    return _page(request, found, f"{request.hub.url}/api/models", author=author or "", full="true")
+
+
+def _page(request: Request, found: list[Any], place: str, **query: str) -> Reply:
+    start = int(request.query.get("p", 0))
+    more = {**query, "p": str(start + PAGE)}
+    headers = {"Link": f'<{place}?{urlencode(more)}>; rel="next"'} if start + PAGE < len(found) else {}
+    return Reply(body=found[start : start + PAGE], headers=headers)
+
+
 def _branch(request: Request, repo_id: str, name: str) -> Reply:
     repo = request.repo(repo_id, write=True)
     if name in repo.branches:
@@ -411,7 +442,7 @@ def _commit(request: Request, repo_id: str, revision: str) -> Reply:
     pull_request = "create_pr" in request.query
     if not pull_request and revision not in repo.branches and revision not in repo.pulls:
         raise Refusal(400, "Invalid reference: commits go to a branch")
-    oid = repo.commit(head, files, header["summary"])
+    oid = repo.commit(head, files, "\n\n".join(filter(None, (header["summary"], header.get("description")))))
     answer = {"commitUrl": f"{request.hub.url}/{repo_id}/commit/{oid}", "commitOid": oid}
     if pull_request:
         number = len(repo.pulls) + 1
@@ -446,10 +477,12 @@ ROUTES: tuple[tuple[str, str, Callable[..., Reply]], ...] = (
     ("GET", "/api/whoami-v2", _whoami),
     ("POST", "/api/repos/create", _create),
     ("POST", "/api/validate-yaml", _validate_yaml),
+    ("GET", "/api/models", _models),
     ("GET", _MODEL, _info),
     ("GET", f"{_MODEL}/revision/([^/]+)", _info),
     ("GET", f"{_MODEL}/tree/([^/]+)", _tree),
     ("GET", f"{_MODEL}/refs", _refs),
+    ("GET", f"{_MODEL}/commits/([^/]+)", _commits),
     ("POST", f"{_MODEL}/branch/([^/]+)", _branch),
     ("POST", f"{_MODEL}/tag/([^/]+)", _tag),
     ("POST", f"{_MODEL}/preupload/([^/]+)", _preupload),

@@ -46,7 +46,7 @@ def test_help_is_quick() -> None:
         begin = time.perf_counter()
         done = subprocess.run([sys.executable, "-m", "peftrec", "--help"], capture_output=True, text=True, check=True)
         seconds.append(time.perf_counter() - begin)
-    assert all(verb in done.stdout for verb in ("validate", "datasets", "recommend", "evaluate"))
+    assert all(verb in done.stdout for verb in ("validate", "datasets", "recommend", "score", "evaluate"))
     assert min(seconds) < 1
 
 

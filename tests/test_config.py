@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -207,6 +209,18 @@ WRONG_VALUES = [
     ({"data__split": {"kind": "kfold", "test": 0.2}}, "data.split.test: does nothing under data.split.kind: kfold"),
     ({"data__split": {"valid": 0.5, "test": 0.5}}, "data.split: valid 0.5 and test 0.5 leave nothing to train on"),
     ({"data__split": {"valid": 0}}, "data.split.valid: 0; expected a share between 0 and 1, both excluded"),
+    ({"hub": {"push": True}}, "hub.repo_id: missing; hub.push needs to know where to: expected namespace/name"),
+    ({"hub": {"push": True, "repo_id": "a/b/c"}}, "hub.repo_id: 'a/b/c'; expected namespace/name of a model on"),
+    ({"hub": {"repo_id": "me/films"}}, "hub.repo_id: does nothing under hub.push: false; remove it, or change"),
+    ({"hub": {"push": True, "repo_id": "file:x", "tag": "v1"}}, "hub.tag: does nothing under hub.repo_id: file:x"),
+    (
+        {"hub": {"push": True, "repo_id": "me/films", "create_pr": True, "revision": "wide"}},
+        "hub.revision: wide; a pull request (hub.create_pr) is made against main; remove one of them",
+    ),
+    (
+        {"hub": {"push": True, "repo_id": "me/films"}, "adapter__method": "none"},
+        "hub.push: true, and adapter.method: none makes no adapter; set it to false",
+    ),
 ]
 
 
@@ -413,6 +427,11 @@ plain_data = st.recursive(
 )
 
 
+published = st.just({}) | optional(private=st.booleans(), tag=names, create_pr=st.booleans()).map(
+    lambda values: {"push": True, "repo_id": "me/films", **values}
+)
+
+
 @st.composite
 def adapters(draw: st.DrawFn) -> dict[str, Any]:
     """A valid section `adapter`, with any of its keys left out."""
@@ -500,6 +519,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         "adapter": adapter,
         "score": {} if records else draw(optional(prior=st.sampled_from(["none", "bias"]))),
         "train": {} if bare else train,
+        "hub": {} if bare else draw(published),
         "eval": draw(
             optional(
                 slices=distinct("cold_item", "cold_user", "popularity"),
@@ -571,8 +591,31 @@ def test_a_header_is_dumped_as_one_readable_line() -> None:
     )
 
 
+@given(st.from_regex(r"[\w./-]{1,12}", fullmatch=True) | st.text(max_size=100) | st.integers(90, 100).map("x".__mul__))
+def test_names_of_repositories_are_those_of_the_hub(name: str) -> None:
+    try:
+        validate_repo_id(name)
+        allowed = True
+    except HFValidationError:
+        allowed = False
+    assert config.is_repo_id(name) == (allowed or (name.startswith("file:") and name != "file:"))
+
+
+def test_the_command_that_publishes_later() -> None:
+    values = {
+        "push": True,
+        "repo_id": "me/films",
+        "private": False,
+        "commit_message": "Our films",
+        "allow": ["a@b.org"],
+    }
+    how = parse_recipe(with_values(hub=values), "x.yaml").hub
+    assert how.command("runs/x") == "peftrec push runs/x me/films --public --message 'Our films' --allow a@b.org"
+
+
 def test_keys_that_do_nothing_are_not_dumped() -> None:
     recipe = parse_recipe(SMALL, "x.yaml")
+    assert "hub" not in recipe_to_dict(recipe)
     bare = replace(recipe, adapter=config.Adapter(method="none", r=3))
     assert recipe_to_dict(bare)["adapter"] == {"method": "none"}
     assert recipe_to_dict(recipe)["data"] == {

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from peftrec import Recommender, adapters, artifact, backbone, config, encode, heads, record, scorer
+from peftrec import Recommender, adapters, artifact, backbone, config, encode, heads, record, reload, scorer
 from peftrec import train as training
 from peftrec.errors import ConfigError, DataError, ModelError
 from peftrec.prompts import PAIR, WholeText
@@ -618,6 +618,9 @@ def test_the_loss_falls_and_the_base_stays(
 @pytest.mark.parametrize("name", RUNS)
 def test_a_served_adapter_scores_as_in_training(run_of: Callable[[str], Path], tables: Path, name: str) -> None:
     run = run_of(name)
+    recorded = artifact.read(run / "adapter").recorded
+    assert len(recorded) == 8
+    assert reload.scores(run / "adapter") == pytest.approx(recorded, abs=1e-5)
     recommender = Recommender.from_pretrained(run / "adapter", items=tables / "films.csv", prior=False)
     events = pl.read_csv(tables / "ratings.csv").sort("user_id", "timestamp")
     history: list[Any] = []

@@ -5,113 +5,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import random
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hub_helpers import REPO, contents_of, send, write_adapter
 from hub_server import OTHER, READ, WRITE, Fault, HubServer
-from huggingface_hub import close_session, constants, file_download
-from huggingface_hub.utils import _http, disable_progress_bars, enable_progress_bars
+from huggingface_hub import constants
 
-from peftrec import artifact, contents, hub
-from peftrec.artifact import Artifact, Base, Probe, PromptFormat, Source
-from peftrec.baselines import Prior
+from peftrec import artifact, folders, hub, hub_push
+from peftrec.artifact import Probe
 from peftrec.contents import check_folder
 from peftrec.errors import HubError
 from peftrec.hub import pull, push
-
-ABOUT = Artifact(
-    prompt=PromptFormat(
-        layout="timeline",
-        header="Rated:\n",
-        item="{title}",
-        answers=[" no", " yes"],
-        answer_ids=[5, 6],
-        max_tokens=64,
-        max_item_tokens=8,
-    ),
-    base_model=Base(name="ns/tiny", hub_id="ns/tiny", fingerprint="f" * 64, parameters=10, dtype="float32"),
-    data=Source(name="ml-100k", sha256="a" * 64),
-    peftrec_version="0.1.0",
-    like_at=4.0,
-    probes=[Probe([("Heat", 1)], "Babe", 0.25)],
-)
-CARD = "---\nlicense: apache-2.0\nlibrary_name: peft\ntags:\n- recommendation\n---\n# Films\n"
-PNG = b"\x89PNG\r\n\x1a\n" + bytes(40)
-REPO = "me/films"
-
-
-def safetensors(value: int = 0, floats: int = 4096) -> bytes:
-    data = bytes([value]) * (4 * floats)
-    header = json.dumps({"a": {"dtype": "F32", "shape": [floats], "data_offsets": [0, len(data)]}}).encode()
-    return len(header).to_bytes(8, "little") + header + data
-
-
-def write_adapter(folder: Path, value: int = 0) -> Path:
-    """What a run saves, in small; `value` makes it another one."""
-    (folder / "figures").mkdir(parents=True)
-    artifact.write(folder, dataclasses.replace(ABOUT, seed=value), Prior(0.5, {"1": 0.25}, 3.0))
-    config = {"peft_type": "LORA", "base_model_name_or_path": "ns/tiny", "auto_mapping": None, "r": 8 + value}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    (folder / "adapter_model.safetensors").write_bytes(safetensors(value))
-    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"/home/": 1, "a@b.co": 2}}}))
-    (folder / "README.md").write_text(CARD + f"{value}\n")
-    (folder / "figures" / "calibration.png").write_bytes(PNG)
-    return folder
-
-
-def contents_of(folder: Path) -> dict[str, bytes]:
-    return {path: file.read_bytes() for path, file in contents.list_files(folder)[0].items()}
-
-
-def send(folder: Path, repo_id: str = REPO, **how: Any) -> hub.Published:
-    """`push` by somebody who may, without the reload: these adapters have no base model."""
-    return push(folder, repo_id, **{"token": WRITE, "reload_check": lambda _: None, **how})
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return write_adapter(tmp_path / "adapter")
 
 
 @pytest.fixture
 def changed(tmp_path: Path) -> Path:
     return write_adapter(tmp_path / "changed", 1)
-
-
-@pytest.fixture
-def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that were slept; nobody does."""
-    found: list[float] = []
-    for module in (hub, _http, file_download):
-        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=found.append))
-    return found
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slept: list[float]) -> Iterator[HubServer]:
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    disable_progress_bars()
-    with HubServer() as running:
-        # As HF_ENDPOINT, HF_HUB_CACHE, HF_HUB_DISABLE_XET and no HF_HUB_OFFLINE would say, had they been set at import.
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        yield running
-        close_session()
-    enable_progress_bars()
 
 
 # --- there and back ---------------------------------------------------------------------------------------------------
@@ -137,7 +52,7 @@ def test_the_same_again_is_no_commit(server: HubServer, adapter: Path) -> None:
     first = send(adapter)
     server.log.clear()
     again = send(adapter)
-    assert dataclasses.replace(again, changed=True) == first
+    assert dataclasses.replace(again, changed=True, difference=first.difference) == first
     assert not again.changed
     assert len(server.commits(REPO)) == 2
     assert not [line for line in server.log if "/commit/" in line or line.startswith("PUT")]
@@ -429,7 +344,7 @@ def test_slow_bytes_and_cut_downloads(server: HubServer, adapter: Path, tmp_path
     server.fail("GET .*/resolve/.*safetensors", delay=0.01, piece=2000)
     server.fail("GET .*/resolve/.*safetensors", cut_answer=5000)
     for name in ("slow", "cut"):
-        folder = pull(REPO, token=WRITE, local_dir=tmp_path / name)
+        folder = pull(REPO, token=WRITE, local_dir=tmp_path / name, cache_dir=tmp_path / f"cache-{name}")
         assert contents_of(folder) == contents_of(adapter)
     assert server.faults == []
 
@@ -448,9 +363,12 @@ def test_a_pull_is_tried_again(server: HubServer, adapter: Path, step: str, faul
     assert server.faults == []
 
 
-@pytest.mark.slow
-def test_two_hundred_pushes_under_random_faults(server: HubServer, tmp_path: Path) -> None:
-    """Each ends published whole, or leaves what was there; nobody ever sees a half, and no commit is made twice."""
+def test_pushes_under_random_faults(server: HubServer, tmp_path: Path) -> None:
+    """Each ends published whole, or leaves what was there; nobody ever sees a half, and no commit is made twice.
+
+    PEFTREC_PUSHES=200 makes it the measurement that docs/publishing.md tells of.
+    """
+    pushes = int(os.environ.get("PEFTREC_PUSHES", 40))
     rng = random.Random(5)
     versions = [contents_of(write_adapter(tmp_path / str(value), value)) for value in range(4)]
     whole = [*versions, {}]
@@ -478,7 +396,7 @@ def test_two_hundred_pushes_under_random_faults(server: HubServer, tmp_path: Pat
 
     server.draw = draw
     outcomes: dict[str, int] = dict.fromkeys(("published", "not at all", "published, not read back", "no answer"), 0)
-    for number in range(200):
+    for number in range(pushes):
         value, before = number % len(versions), there()
         rate = rng.choice([0.02, 0.1, 0.4])
         try:
@@ -493,8 +411,9 @@ def test_two_hundred_pushes_under_random_faults(server: HubServer, tmp_path: Pat
             assert done.changed == (before != versions[value])
             outcomes["published"] += 1
     assert halves == []
-    assert sum(outcomes.values()) == 200
-    assert min(outcomes["published"], outcomes["not at all"], outcomes["published, not read back"]) > 10, outcomes
+    assert sum(outcomes.values()) == pushes
+    print(f"{pushes} pushes: {outcomes}, half-published: {len(halves)}")
+    assert min(outcomes["published"], outcomes["not at all"], outcomes["published, not read back"]) > pushes // 20
     repo, history = server.repos[REPO], [server.files(REPO)]
     oid = repo.commits[repo.branches["main"]].parent
     while oid is not None:
@@ -534,7 +453,7 @@ def test_an_interrupted_write_leaves_the_old_folder(
     if not exchange:
         monkeypatch.setattr("peftrec.folders._exchange", lambda new, target: False)
     full = OSError(28, "No space left on device")
-    rename, copy = Path.rename, hub.folders.shutil.copyfile
+    rename, copy = Path.rename, folders.shutil.copyfile
 
     def failing(self: Path, to: Path) -> Path:
         if self.name == "new":
@@ -572,213 +491,6 @@ def test_a_folder_with_other_things_is_not_replaced(adapter: Path, tmp_path: Pat
         send(adapter, f"file:{home / 'thesis.tex'}")
 
 
-# --- hostile folders and repositories ---------------------------------------------------------------------------------
-
-
-def edit(name: str, content: bytes | str) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-
-    return change
-
-
-def values(name: str, **new: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **new}))
-
-    return change
-
-
-def link(name: str, to: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).symlink_to(to)
-
-
-def tensors(header: Any, data: bytes = b"") -> bytes:
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
-
-
-SPAN = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(30))
-
-# Refused at both doors: in a folder that is pushed, and in a repository that is pulled.
-HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "pickled weights": (edit("adapter_model.bin", b"\x80\x04."), r"adapter_model\.bin: .*can run code"),
-    "pickled training arguments": (edit("training_args.bin", b"PK"), r"training_args\.bin: .*can run code"),
-    "checkpoint": (edit("optimizer.pt", b"PK"), r"optimizer\.pt: .*can run code"),
-    "array with objects": (edit("scores.npy", b"\x93NUMPY"), r"scores\.npy: .*can run code"),
-    "code": (edit("modeling_films.py", "import os"), r"modeling_films\.py: (code|not a file of an adapter)"),
-    "code in a folder": (edit("figures/draw.py", "import os"), r"figures/draw\.py: (code|not a file of an adapter)"),
-    "library": (edit("kernel.so", b"\x7fELF"), r"kernel\.so: (code|not a file of an adapter)"),
-    "pickle called safetensors": (edit("adapter_model.safetensors", b"\x80\x04" * 50), r"not a whole safetensors file"),
-    "cut weights": (edit("adapter_model.safetensors", safetensors()[:-9]), r"16,375 bytes of tensors, 16,384 announ"),
-    "no weights": (edit("adapter_model.safetensors", b""), r"not a whole safetensors file"),
-    "huge header": (edit("adapter_model.safetensors", b"\xff" * 64), r"a header of 18,446,744,073,709,551,615 bytes"),
-    "tensors over each other": (
-        edit("adapter_model.safetensors", tensors({"a": SPAN, "b": SPAN}, bytes(4))),
-        r"do not lie side by side",
-    ),
-    "something behind the tensors": (
-        edit("adapter_model.safetensors", tensors({"a": SPAN}, bytes(4) + b"PK\x03\x04")),
-        r"8 bytes of tensors, 4 announced",
-    ),
-    "header that is a list": (edit("adapter_model.safetensors", tensors([SPAN])), r"its header is not one"),
-    "remote code in the tokenizer": (
-        edit("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["evil--x", null]}}'),
-        r"tokenizer_config\.json: auto_map: .*names code to run",
-    ),
-    "remote code in a config": (edit("config.json", '{"trust_remote_code": true}'), r"trust_remote_code: true names"),
-    "megatron": (values("adapter_config.json", megatron_config={"a": 1}), r"megatron_config: .*names code to run"),
-    "import by PEFT": (
-        values("adapter_config.json", auto_mapping={"base_model_class": "system", "parent_library": "os"}),
-        r"auto_mapping: 'os' would be imported",
-    ),
-    "base model is a path": (values("adapter_config.json", base_model_name_or_path="../../x"), r"expected a Hub id"),
-    "base model is a URL": (values("adapter_config.json", base_model_name_or_path="http://x/y"), r"expected a Hub id"),
-    "oversized peftrec.json": (edit("peftrec.json", b" " * 1_000_001), r"peftrec\.json: 1,000,001 bytes; expected at"),
-    "oversized JSON": (edit("special_tokens_map.json", b" " * 10_000_001), r"10,000,001 bytes; expected at most"),
-    "oversized card": (edit("README.md", b"#" * 2_000_001), r"README\.md: 2,000,001 bytes"),
-    "deep JSON": (edit("special_tokens_map.json", "[" * 200_000), r"special_tokens_map\.json: not JSON"),
-    "no JSON": (edit("adapter_config.json", "{'r': 8}"), r"adapter_config\.json: not JSON"),
-    "JSON list": (edit("adapter_config.json", "[]"), r"adapter_config\.json: .*expected a JSON object"),
-    "not UTF-8": (edit("README.md", b"\xff\xfe"), r"README\.md: byte 0 is not UTF-8"),
-    "template that reads attributes": (
-        values("peftrec.json", prompt={**dataclasses.asdict(ABOUT.prompt), "item": "{title.__class__}"}),
-        r"prompt\.item",
-    ),
-    "prior from elsewhere": (
-        values("peftrec.json", prior="../secret.json"),
-        r"peftrec\.json: prior: '\.\./secret\.json'",
-    ),
-    "format of the future": (values("peftrec.json", format=99), r"peftrec\.json: format 99"),
-    "YAML that makes objects": (
-        edit("README.md", "---\nlicense: !!python/object/apply:os.system [ls]\n---\n"),
-        r"README\.md: metadata: the tag tag:yaml\.org,2002:python/object/apply:os\.system",
-    ),
-    "YAML with a tag": (edit("README.md", "---\nlicense: !x mit\n---\n"), r"metadata: the tag !x"),
-    "YAML that grows": (edit("README.md", f"---\n{BOMB}---\n"), r"metadata: more than 100,000 values"),
-    "YAML in itself": (edit("README.md", "---\na: &a [*a]\n---\n"), r"metadata: more than 100,000 values"),
-    "YAML that is none": (edit("README.md", "---\na: [1\n---\n"), r"metadata: .*expected plain YAML"),
-    "picture that is none": (edit("figures/roc.png", b"<svg onload=x>"), r"figures/roc\.png: not a PNG picture"),
-    "vocabulary that is an archive": (edit("tokenizer.model", b"PK\x03\x04"), r"tokenizer\.model: a pickle or an arch"),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_folder_is_refused(adapter: Path, name: str) -> None:
-    assert check_folder(adapter) == []
-    change, message = HOSTILE[name]
-    change(adapter)
-    with pytest.raises(HubError, match=message) as refused:
-        push(adapter, "file:/nowhere", reload_check=lambda _: pytest.fail("looked at before it was checked"))
-    assert all("\n" not in problem for problem in refused.value.problems)
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_repository_is_refused(server: HubServer, adapter: Path, tmp_path: Path, name: str) -> None:
-    server.put("other/good", contents_of(adapter))
-    assert pull("other/good").is_dir()
-    change, message = HOSTILE[name]
-    change(adapter)
-    everything = [path for path in adapter.rglob("*") if path.is_file()]
-    server.put(REPO, {path.relative_to(adapter).as_posix(): path.read_bytes() for path in everything})
-    server.log.clear()
-    with pytest.raises(HubError, match=message):
-        pull(REPO)
-    refused_by_name = [line for line in server.log if "/resolve/" in line] == []
-    assert refused_by_name == (
-        "can run code" in message or "code|" in message or "expected at" in message or "2,000,001" in message
-    )
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "../outside.json",
-        "figures/../../outside.json",
-        "/etc/outside.json",
-        "~/outside.json",
-        "C:/outside.json",
-        "..\\outside.json",
-        "figures\\..\\..\\outside.json",
-        "outside.json\n",
-        "a/./outside.json",
-        "a//outside.json",
-        ".git/config.json",
-        ".GIT/hooks.json",
-        "outside\u202egnp.json",
-        "peftrec.json.",
-        "x" * 250 + ".json",
-    ],
-)
-def test_a_path_that_leaves_the_folder_is_refused(server: HubServer, adapter: Path, tmp_path: Path, path: str) -> None:
-    server.put(REPO, {**contents_of(adapter), path: b"{}"})
-    before = sorted(tmp_path.rglob("outside*"))
-    with pytest.raises(HubError, match="a path that could leave the folder"):
-        pull(REPO, local_dir=tmp_path / "a" / "b")
-    assert not (tmp_path / "a").exists()
-    assert sorted(tmp_path.rglob("outside*")) == before
-
-
-def test_other_repositories_that_are_refused(server: HubServer, adapter: Path) -> None:
-    files = contents_of(adapter)
-    server.put(REPO, {**files, "Peftrec.json": b"{}"})
-    with pytest.raises(HubError, match=r"me/films: peftrec\.json: differs from Peftrec\.json by case only"):
-        pull(REPO)
-    server.put("me/nothing", {"README.md": b"# x"})
-    with pytest.raises(HubError, match=r"peftrec\.json: missing") as told:
-        pull("me/nothing")
-    assert len(told.value.problems) == 2
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (link("notes.md", "/etc/passwd"), r"^notes\.md: a link that leaves the folder"),
-        (link("notes.md", "nowhere.md"), r"^notes\.md: a link that leaves the folder, or to no file"),
-        (link("extra", "/etc"), r"^extra: a link that leaves the folder"),
-        (lambda folder: os.mkfifo(folder / "pipe.json"), r"^pipe\.json: neither a file nor a folder"),
-        (edit("deep/notes.md", "x"), r"^deep/notes\.md: not a file of an adapter"),
-        (edit("README.md", CARD + "from /home/ann/runs/x"), r"^README\.md: a local path, '/home/ann/runs/x'"),
-        (edit("README.md", CARD + "`C:\\Users\\ann`"), r"^README\.md: a local path"),
-        (edit("README.md", CARD + "write to ann.b@uni.edu."), r"^README\.md: an e-mail address, 'ann\.b@uni\.edu'"),
-        (values("adapter_config.json", note="/mnt/models/x"), r"^adapter_config\.json: a local path"),
-        (values("adapter_config.json", note="hf_" + "aB3" * 12), r"^adapter_config\.json: .*token \(hf_aB3…\)"),
-        (edit("tokenizer.json", '{"a": "ghp_' + "x9" * 18 + '"}'), r"^tokenizer\.json: .*access token \(ghp_x9…\)"),
-        (edit("README.md", "-----BEGIN RSA PRIVATE KEY-----"), r"^README\.md: .*access token"),
-        (edit("README.md", f"{CARD} {Path.cwd()}"), r"^README\.md: a path of this machine"),
-        (edit("README.md", "secret-words-of-mine"), r"^README\.md: the access token in HF_TOKEN"),
-    ],
-)
-def test_what_is_not_published(
-    adapter: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], message: str
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", "secret-words-of-mine")
-    change(adapter)
-    problems = check_folder(adapter)
-    assert any(re.search(message, line) for line in problems), problems
-    assert all("\n" not in line and "aB3aB3aB3" not in line for line in problems)
-
-
-def test_what_may_be_published(adapter: Path) -> None:
-    card = CARD + "ann@uni.edu, git@hf.co:x, me@example.org, https://x.org/home/ann, a/b, 4/5, @decorator, /ratings\n"
-    (adapter / "README.md").write_text(card)
-    assert check_folder(adapter) == ["README.md: an e-mail address, 'ann@uni.edu'; remove it, or allow it"]
-    assert check_folder(adapter, allow=["ann@uni.edu"]) == []
-    (adapter / "vocab.txt").symlink_to("tokenizer.json")
-    assert check_folder(adapter, allow=["ann@uni.edu"]) == []
-
-
-def test_every_problem_is_told_at_once(adapter: Path) -> None:
-    for change in (edit("a.bin", b""), edit("b.py", ""), edit("README.md", b"\xff")):
-        change(adapter)
-    (adapter / "adapter_model.safetensors").unlink()
-    names = [line.partition(": ")[0] for line in check_folder(adapter)]
-    assert sorted(names) == sorted(["a.bin", "b.py", "README.md", str(adapter)])
-    assert check_folder(adapter / "nowhere")[0].endswith("no such folder; expected RUN/adapter of a finished run")
-
-
 # --- the reload -------------------------------------------------------------------------------------------------------
 
 
@@ -814,7 +526,7 @@ def test_a_fresh_process_gets_the_recorded_scores(real_adapter: Path, tiny_llama
         with pytest.raises(HubError, match=r"does not load in a fresh process: .*nowhere"):
             hub.check_reload(real_adapter, base_model=tmp_path / "nowhere")
         artifact.write(real_adapter, dataclasses.replace(about, probes=[]), prior)
-        with pytest.raises(HubError, match=r"no probes to check the adapter by"):
+        with pytest.raises(HubError, match=r"no probes, which .* --config .*config\.yaml --overwrite$"):
             hub.check_reload(real_adapter)
     finally:
         artifact.write(real_adapter, about, prior)
@@ -826,7 +538,7 @@ def test_push_reloads_by_default_and_pulled_scores_are_equal(
     from peftrec import reload
 
     asked: list[Path] = []
-    monkeypatch.setattr(hub, "check_reload", asked.append)
+    monkeypatch.setattr(hub_push, "check_reload", asked.append)
     push(real_adapter, REPO, token=WRITE)
     assert asked == [real_adapter]
     folder = pull(REPO, token=WRITE)

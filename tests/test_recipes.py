@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
+from hub_server import WRITE, HubServer
 from safetensors.numpy import load_file
 
-from peftrec import Recommender, artifact, assets, card, config, contents, record, report
+from peftrec import Recommender, artifact, assets, card, cli, config, contents, record, reload, report
+from peftrec.contents import list_files
 
 ROOT = Path(__file__).parents[1]
 FINETUNE = ROOT / "recipes" / "finetune.py"
@@ -34,14 +37,14 @@ ADAPTER = {
 }
 
 
-def finetune(*arguments: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:
+def finetune(*arguments: Any, expect: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, FINETUNE, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=600,
         cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done
@@ -50,7 +53,8 @@ def finetune(*arguments: Any, expect: int = 0) -> subprocess.CompletedProcess[st
 def check_card(run: Path) -> None:
     """The adapter's folder is ready to be published, with its card and the figures that it shows."""
     page = (run / "adapter/README.md").read_text(encoding="utf-8")
-    assert page == card.card_of(run)
+    repo_id = config.load_recipe(run / "config.yaml").hub.repo_id
+    assert page == card.card_of(run, repo_id=repo_id if repo_id and not repo_id.startswith("file:") else None)
     shown = re.findall(r"\]\(figures/(.*?)\)", page)
     assert set(shown) == {path.name for path in (run / "adapter/figures").iterdir()}
     assert len(shown) >= 3
@@ -62,6 +66,7 @@ def check_folder(run: Path) -> record.RunRecord:
     assert {path.name for path in run.iterdir()} == FOLDER
     assert {path.name for path in (run / "adapter").iterdir()} >= ADAPTER
     check_card(run)
+    assert len(artifact.read(run / "adapter").recorded) == 8
     found = record.read_record(run)
     again = report.compare_run(run).facts()
     assert again["metrics"].keys() == found.metrics.keys()
@@ -219,6 +224,53 @@ def test_prompt_records(tables: Path, tiny_llama_folder: Path, tmp_path: Path) -
     finetune("--config", path)
     found = check_folder(tmp_path / "run")
     assert set(found.baselines) == {"base_model", "global_mean"}
+    about = artifact.read(tmp_path / "run/adapter")
+    assert {one.record["input"] for one in about.record_probes} <= {f"Film {number}" for number in range(30)}
+    assert len(set(about.recorded)) > 1
+    assert reload.scores(tmp_path / "run/adapter") == pytest.approx(about.recorded, abs=1e-5)
+
+
+@pytest.mark.parametrize("status", [None, 403])
+def test_a_run_publishes_itself_or_says_how(
+    tables: Path, tiny_llama_folder: Path, tmp_path: Path, status: int | None
+) -> None:
+    """Whether the Hub takes it or not: the run is whole, and the training has not failed."""
+    data = f"{{interactions: {tables}/ratings.csv, items: {tables}/films.csv, {COLUMNS}}}"
+    run = tmp_path / "run"
+    path = own_recipe(tables, tiny_llama_folder, run, data=data, prompt="overlap: 64")
+    wanted = {"push": "true", "repo_id": "me/films", "private": "false", "tag": "v1", "commit_message": "Our films"}
+    options = [word for name, value in wanted.items() for word in (f"--hub.{name}", value)]
+    with HubServer() as server:
+        if status is not None:
+            server.fail("POST .*/commit/", status=status, times=100)
+        here = {"HF_ENDPOINT": server.url, "HF_TOKEN": WRITE, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        done = finetune("--config", path, *options, HF_HOME=str(tmp_path / "home"), **here)
+        check_folder(run)
+        assert "Traceback" not in done.stdout + done.stderr
+        warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: hub.push: ")]
+        if status is None:
+            assert warnings == []
+            files = {name: file.read_bytes() for name, file in list_files(run / "adapter")[0].items()}
+            assert server.files("me/films", "v1") == files
+            assert not server.repos["me/films"].private
+            assert re.match(r"Our films\n\nReload check: 8 probes in a fresh process", server.commits("me/films")[0])
+            return
+        assert server.files("me/films") == {}
+    (line,) = warnings
+    command = f"peftrec push {run} me/films --public --tag v1 --message 'Our films'"
+    assert line.startswith("warning: hub.push: me/films: ")
+    assert line.endswith(f"; the run is complete; push it later: {command}")
+    with pytest.raises(SystemExit) as left:  # its words are understood, up to the help that is asked for instead
+        cli.main([*shlex.split(command)[1:], "--help"])
+    assert left.value.code == 0
+
+
+def test_a_repository_that_cannot_be_is_refused_before_anything_else(tables: Path, tmp_path: Path) -> None:
+    data = f"{{interactions: {tables}/ratings.csv, items: {tables}/films.csv, {COLUMNS}}}"
+    path = own_recipe(tables, tmp_path / "no-model", tmp_path / "run", data=data, prompt="overlap: 64")
+    done = finetune("--config", path, "--hub.push", "true", "--hub.repo_id", "me/films/again", expect=2)
+    assert re.search(r"hub\.repo_id: 'me/films/again'; expected namespace/name", done.stderr)
+    assert not (tmp_path / "run").exists()
 
 
 def test_killed_and_resumed_equals_never_killed(tables: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:

@@ -329,6 +329,25 @@ class TestScoreCandidates:
         back = scorer.score_candidates(tiny_model, history, Pieces.of(lists[::-1]))
         np.testing.assert_allclose(found, back[::-1], **CLOSE)
 
+    def test_another_model_begins_anew(
+        self,
+        tiny_model: Any,
+        load_tiny: Callable[..., Any],
+        tiny_llama_folder: Path,
+        log: Log,
+        codec: Any,
+        questions: Any,
+    ) -> None:
+        history, candidates = self.parts(log, codec, questions)
+        other = load_tiny(tiny_llama_folder)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1.1)
+        with scorer.continued_histories():
+            scorer.score_candidates(tiny_model, history, candidates)
+            found = scorer.score_candidates(other, history, candidates)
+        np.testing.assert_array_equal(found, scorer.score_candidates(other, history, candidates))
+
     def test_empty_history_and_no_candidates(self, tiny_model: Any, log: Log, codec: Any, questions: Any) -> None:
         _, candidates = self.parts(log, codec, questions)
         cold = scorer.score_candidates(tiny_model, np.asarray(codec.header), candidates)

@@ -136,6 +136,31 @@ def test_candidates_behind_a_cached_history(
         np.testing.assert_allclose(outputs, logits, **CLOSE)
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
+@every_method
+def test_a_history_that_goes_on_from_the_last_one(
+    build: Callable[..., Any], log: Log, codec: Any, questions: Any, method: str, folder: str
+) -> None:
+    """Longer, shorter, another one behind the same header, the same again, and one that shares nothing."""
+    model = build(method, folder)
+    pieces = [questions.flat[a:b].tolist() for a, b in zip(questions.start, questions.start[1:], strict=False)]
+    header, asked = list(codec.header), Pieces.of(pieces[:2])
+    lines = [[*piece, *codec.tail(1)] for piece in pieces[:3]]
+    histories = [
+        [*header, *lines[0]],
+        [*header, *lines[0], *lines[1]],
+        [*header, *lines[0]],
+        [*header, *lines[2]],
+        [*header, *lines[2]],
+        lines[1],
+    ]
+    alone = [scorer.score_candidates(model, np.asarray(one), asked) for one in histories]
+    with scorer.continued_histories():
+        together = [scorer.score_candidates(model, np.asarray(one), asked) for one in histories]
+    np.testing.assert_allclose(together, alone, **CLOSE)
+    assert np.abs(alone[0] - alone[1]).max() > 0.01
+
+
 @every_method
 def test_candidates_without_any_history(build: Callable[..., Any], questions: Any, method: str) -> None:
     """The first chunk of candidates then fills the cache, and the next one must not fill it again."""

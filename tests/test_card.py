@@ -915,7 +915,6 @@ def chance(found: Facts, score: float) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_pipelines_snippet(name: str, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("peftrec.pipelines")
     folder, found, written = made(name)
     (probe,) = found.artifact.probes
     (best,) = printed_by(written[1], folder, monkeypatch).splitlines()

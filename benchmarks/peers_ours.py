@@ -92,7 +92,7 @@ def _random_adapter(recipe: config.Recipe, folder: Path) -> Recommender:
     """An adapter as a run leaves it, with random weights: what it says is of no matter here, how long it takes is."""
     target = Target(head=recipe.score.head, offset=(0.0, 0.0))
     loaded = backbone.load(recipe.model, target)
-    data = interactions.load(recipe.data, recipe.seed, with_users=recipe.prompt.user is not None)
+    data = interactions.load(recipe.data, recipe.seed, with_users=config.of_users(recipe))
     log = split.split(data, recipe.data.split, recipe.seed)
     encoder = encode.Encoder(log, recipe.prompt, loaded.tokenizer, recipe.eval.ties, kind=loaded.kind)
     model = scorer.with_head(loaded.model, target.head, encoder.codec.answers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -17,22 +18,25 @@ from typing import Any
 import jinja2
 import yaml
 
-from peftrec import card_sections, citations
+from peftrec import card_limits, card_sections, citations
 from peftrec.card_facts import (
     CARD,
     FIGURES,
-    Author,
     Facts,
     hub_base,
     named_data,
+    overlaid,
+    packaged,
     public_recipe,
+    read_author,
     read_facts,
     recipe_of,
 )
 from peftrec.card_metadata import KEYS, metadata
-from peftrec.card_text import code, fenced, inert, inline, literal, replace_regions, tidy
-from peftrec.config import placeholders
-from peftrec.errors import DataError
+from peftrec.card_text import code, fenced, inert, inline, literal, pieces, replace_regions, tidy, unbroken
+from peftrec.config import Author, placeholders
+from peftrec.errors import DataError, PeftrecError
+from peftrec.record import atomic
 from peftrec.report import compare_record
 from peftrec.schema import dump_yaml
 
@@ -40,12 +44,49 @@ TEMPLATE = "card.md.jinja"
 _HEAD = re.compile(r"\A---\n(.*?\n)---\n", re.S)
 
 
+def write(run: str | Path, author: Author | None = None, *, repo_id: str | None = None) -> Path:
+    """Write a finished run's card, RUN/adapter/README.md, and put the figures that it shows beside it.
+
+    Args:
+        run: the run's output_dir.
+        author: what its author says besides the recipe's section `card` and RUN/card.yaml.
+        repo_id: where it will be on the Hub.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        PeftrecError: the folder holds no run with an adapter, its earlier card is not one of ours, or a file cannot be
+            written; an earlier card is as it was then.
+    """
+    run = Path(run)
+    page = card_of(run, author, repo_id=repo_id)
+    path = run / "adapter" / CARD
+    _copy_figures(run / FIGURES, path.parent / FIGURES)
+    with atomic(path) as scratch:
+        scratch.write_text(page, encoding="utf-8")
+    return path
+
+
+def _copy_figures(drawn: Path, shown: Path) -> None:
+    names = {f"{name}.png" for name in card_sections.FIGURES}
+    try:
+        for name in names:  # also those of an earlier run
+            (shown / name).unlink(missing_ok=True)
+        for picture in sorted(drawn.glob("*.png")):
+            if picture.name in names:
+                shown.mkdir(exist_ok=True)
+                shutil.copyfile(picture, shown / picture.name)
+    except OSError as error:
+        raise PeftrecError(f"{shown}: cannot be written ({error.strerror}); free space, or make it writable") from error
+
+
 def card_of(run: str | Path, author: Author | None = None, *, repo_id: str | None = None) -> str:
     """The card of a finished run; what its author wrote into an earlier one, RUN/adapter/README.md, is kept.
 
     Args:
         run: the run's output_dir.
-        author: what its author says, see `card_facts.read_author`.
+        author: what its author says besides the recipe's section `card` and RUN/card.yaml.
         repo_id: where it will be on the Hub.
 
     Raises:
@@ -56,7 +97,9 @@ def card_of(run: str | Path, author: Author | None = None, *, repo_id: str | Non
         existing = earlier.read_text(encoding="utf-8") if earlier.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{earlier}: cannot be read ({error}); expected a card in UTF-8; move it away") from None
-    return render(read_facts(run), author, repo_id=repo_id, existing=existing)
+    facts = read_facts(run)
+    words = overlaid(read_author(run, facts), author or Author())
+    return render(facts, words, repo_id=repo_id, existing=existing)
 
 
 def render(
@@ -66,7 +109,7 @@ def render(
 
     Args:
         facts: what the run left behind.
-        author: what its author says.
+        author: what its author says; nothing is taken from the recipe.
         repo_id: where it will be on the Hub; without it the card speaks of the folder in which it lies.
         existing: an earlier card of the same adapter. Text outside the regions and metadata that is not ours are
             kept, a region that was taken out stays out.
@@ -112,6 +155,7 @@ def _template() -> jinja2.Template:
         autoescape=False,
     )
     environment.filters |= {"inline": inline, "code": code, "fenced": fenced, "literal": literal, "inert": inert}
+    environment.filters["pieces"] = pieces
     source = (files("peftrec") / TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source)
 
@@ -142,13 +186,14 @@ def _context(facts: Facts, author: Author, name: str, repo_id: str | None) -> di
         "method": citations.method(how.method, how.variant, how.peft_type),
         "whole": how.method == "full",
         "own_prompts": {one: f"the {one}" for one in names if "item" not in names},
+        "packaged": packaged(facts),
         "columns": placeholders(about.prompt.user or ""),
         "probe": probe,
         "candidates": list(dict.fromkeys(one.candidate for one in about.probes)),
         "question": card_sections.question(about),
         # Its warnings stand with the limits, where data's own are.
-        "results": dataclasses.replace(comparison, warnings=()).markdown(),
+        "results": unbroken(dataclasses.replace(comparison, warnings=()).markdown()),
         "headline": card_sections.headline(comparison),
-        "limits": card_sections.limits(facts, comparison),
+        "limits": card_limits.limits(facts, comparison),
         "sections": card_sections,
     }

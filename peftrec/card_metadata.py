@@ -6,7 +6,8 @@ import math
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from peftrec.card_facts import Author, Facts, hub_base, hub_data, named_data, recipe_of
+from peftrec.card_facts import Facts, hub_base, hub_data, named_data, recipe_of
+from peftrec.config import Author
 from peftrec.metrics import METRICS
 from peftrec.report import HEADINGS
 

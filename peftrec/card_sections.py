@@ -6,20 +6,19 @@ Everything returned is Markdown already: what comes from data is escaped here or
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 from peftrec import report
 from peftrec.artifact import Artifact, Probe
-from peftrec.bootstrap import Interval
-from peftrec.card_facts import Facts, File, public_warnings
-from peftrec.card_text import inline
+from peftrec.card_facts import File
+from peftrec.card_text import code, inline
 from peftrec.config import Recipe
 from peftrec.looks import shown
 from peftrec.metrics import HEADLINE, LOWER_IS_BETTER
 from peftrec.record import BASE_MODEL, BASE_MODEL_NO_PRIOR, NO_PRIOR, RunRecord
-from peftrec.report import HEADINGS, LEADING, Comparison, Table, pipes
+from peftrec.report import HEADINGS, Comparison, Table, pipes
 
 SAMPLES = 3
 FIGURES = {
@@ -32,9 +31,11 @@ FIGURES = {
 }
 """Name of a figure -> what it shows."""
 
-_FIRST_DATE = 100_000_000  # seconds, 1973; what is smaller counts rows of a table without times
+FIRST_DATE = 100_000_000
+"""Seconds, 1973; what is smaller counts rows of a table without times."""
 _MOST_LOGGED = 30
-_OWN = (NO_PRIOR, BASE_MODEL, BASE_MODEL_NO_PRIOR)
+OWN = (NO_PRIOR, BASE_MODEL, BASE_MODEL_NO_PRIOR)
+"""The model's own scorers beside the adapter."""
 
 
 def decimal(value: float) -> str:
@@ -115,7 +116,7 @@ def headline(comparison: Comparison) -> str:
     others = {
         name: own[key]
         for name, own in comparison.intervals.items()
-        if name not in (comparison.ours, *_OWN) and key in own and math.isfinite(own[key].point)
+        if name not in (comparison.ours, *OWN) and key in own and math.isfinite(own[key].point)
     }
     text = f"{HEADINGS[metric]} on {comparison.sizes['all'].rows:,} test rows: {report.cell(ours, interval=True)}"
     if not others:
@@ -124,54 +125,13 @@ def headline(comparison: Comparison) -> str:
     return f"{text}; the best baseline, {shown(best)}, has {report.cell(others[best], interval=True)}."
 
 
-def verdicts(comparison: Comparison) -> Iterator[str]:
-    """Where the adapter is worse than a baseline, or cannot be told from it, metric by metric."""
-    for metric in LEADING[comparison.task]:
-        worse, unclear = [], []
-        for name, own in comparison.differences.items():
-            one = own.get(f"{comparison.split}/{metric}")
-            if name in _OWN or one is None or not math.isfinite(one.low):
-                continue
-            ahead, behind = (-one.high, -one.low) if metric in LOWER_IS_BETTER else (one.low, one.high)
-            told = f"{shown(name)} ({report.cell(one, interval=True, sign='+')})"
-            if behind < 0:
-                worse.append(told)
-            elif ahead <= 0:
-                unclear.append(told)
-        for what, names in (("is worse than", worse), ("cannot be told apart from", unclear)):
-            if names:
-                yield f"By {HEADINGS[metric]} the {shown(comparison.ours)} {what} {', '.join(names)}."
-
-
-def worst_slice(comparison: Comparison) -> str:
-    """The slice that is served worst by the task's first metric, if one is worse than all rows together."""
-    metric = HEADLINE[comparison.task]
-    key, own = f"{comparison.split}/{metric}", comparison.intervals[comparison.ours]
-    sign = -1 if metric in LOWER_IS_BETTER else 1
-    found: dict[str, Interval] = {
-        name: own[f"{key}|{name}"]
-        for name in comparison.sizes
-        if f"{key}|{name}" in own and math.isfinite(own[f"{key}|{name}"].point)
-    }
-    if key not in own or not found:
-        return ""
-    worst = min(found, key=lambda name: sign * found[name].point)
-    if sign * found[worst].point >= sign * own[key].point:
-        return ""
-    size = comparison.sizes[worst]
-    return (
-        f"It serves the slice {worst} worst: {HEADINGS[metric]} {report.cell(found[worst], interval=True)} on "
-        f"{size.rows:,} rows of {size.users:,} users, against {report.cell(own[key])} on all."
-    )
-
-
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
 def splits(record: RunRecord) -> str:
     """A table of the splits: rows, users, items, answers and times."""
     task, found = record.task, record.data.get("splits", {})
-    dated = any((one.get("last") or 0) >= _FIRST_DATE for one in found.values())
+    dated = any((one.get("last") or 0) >= FIRST_DATE for one in found.values())
     answered = {"click": "liked", "rating": "mean rating"}[task]
     rows: Table = [("split", "rows", "users", "items", answered, *(("from", "to") if dated else ()))]
     for name, one in found.items():
@@ -265,6 +225,12 @@ def effort(record: RunRecord) -> str:
             f"{train['steps']:,} steps ({train['events_per_second']:.1f} events, "
             f"{train['tokens_per_second']:,.0f} tokens a second)."
         )
+    if record.eval.get("rows") and record.eval.get("seconds"):
+        rows, seconds = record.eval["rows"], record.eval["seconds"]
+        words.append(
+            f"Scoring {rows:,} rows with their histories took {seconds:,.0f} seconds, {1000 * seconds / rows:,.0f} "
+            "milliseconds a row."
+        )
     if made_on := hardware(record.hardware):
         words.append(f"Hardware: {made_on}.")
     if adapter.get("trainable_parameters") and record.model.get("parameters"):
@@ -323,65 +289,9 @@ def versions(found: Mapping[str, str | None]) -> str:
     return ", ".join(f"{name} {inline(one)}" for name, one in found.items() if one and name != "platform")
 
 
-# --- limits -----------------------------------------------------------------------------------------------------------
-
-
-def limits(facts: Facts, comparison: Comparison) -> list[str]:
-    """What the run itself shows of limits and risks, a sentence or two each."""
-    return [*_unseen(facts, comparison), *verdicts(comparison), *_served(comparison), *_asked(facts)]
-
-
-def _unseen(facts: Facts, comparison: Comparison) -> Iterator[str]:
-    data = facts.record.data
-    trained = data.get("splits", {}).get("train", {})
-    if (trained.get("last") or 0) >= _FIRST_DATE:
-        yield f"Its training events end on {day(trained['last'])}; of later items and tastes it knows nothing."
-    if data.get("items") and trained.get("items", data["items"]) < data["items"]:
-        yield f"{data['items'] - trained['items']:,} of the {data['items']:,} items in the data have no training event."
-    every = comparison.sizes["all"].rows
-    for name, whom in (("cold_item", "items"), ("cold_user", "users")):
-        size = comparison.sizes.get(name)
-        if size is not None and not size.rows:
-            yield f"No test row is of {whom} without training events: how it serves these was not measured."
-        elif size is not None:
-            yield f"{size.rows:,} of the {every:,} test rows ({size.rows / every:.1%}) are of {whom} never trained on."
-    held_out = data.get("splits", {}).get("test", {}).get("rows", 0)
-    if every < held_out:
-        yield f"Figures are of {every:,} of the {held_out:,} test rows: those of some users, drawn by the seed."
-
-
-def _served(comparison: Comparison) -> Iterator[str]:
-    if text := worst_slice(comparison):
-        yield text
-    popular, tail = (comparison.sizes.get(name) for name in ("popular", "tail"))
-    if comparison.task == "click" and popular and tail and popular.rows and tail.rows:
-        yield (
-            f"In the test {popular.total / popular.rows:.0%} of the rows on popular items are likes, of those on the "
-            f"tail {tail.total / tail.rows:.0%}: what is popular is favoured already by the data."
-        )
-
-
-def _asked(facts: Facts) -> Iterator[str]:
-    about = facts.artifact
-    prompt = about.prompt
-    yield (
-        f"A prompt holds {prompt.max_tokens:,} tokens"
-        + (f" and {prompt.max_history:,} events" if prompt.max_history else "")
-        + f": the oldest events are left out first. Texts of items are cut to {prompt.max_item_tokens:,} tokens."
-    )
-    if about.prior:
-        yield (
-            "Published scores include a prior that only counts (`prior.json`). Without peftrec there is no prior; "
-            f"those scores are the row “{shown(NO_PRIOR)}”."
-        )
-    if about.probes:
-        yield f"`peftrec.json` holds {len(about.probes)} questions whose histories are from the data, without user ids."
-    yield from (f"{inline(line)}." for line in public_warnings(facts))
-
-
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def listing(files: Sequence[File]) -> str:
-    """A table of files with their sizes and hashes."""
-    return pipes([("file", "bytes", "SHA-256"), *((inline(one.name), f"{one.bytes:,}", one.sha256) for one in files)])
+    """The files with their sizes and hashes, a line each."""
+    return "\n".join(f"* {inline(one.name)}, {one.bytes:,} bytes: {code(one.sha256)}" for one in files)

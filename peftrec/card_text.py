@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from peftrec.errors import DataError
 
 _SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
+_LONGEST = 72
 _MARK = re.compile(r"^<!-- peftrec:([a-z_]+):(begin|end) -->[ \t]*$", re.M)
 
 
@@ -41,10 +42,32 @@ def fenced(text: str, language: str) -> str:
     return f"{ticks}{language}\n{content}\n{ticks}"
 
 
+def unbroken(text: str) -> str:
+    """Markdown in which no line ends within an interval, `[0.720, 0.787]`: narrow tables stay low."""
+    return re.sub(r"(\[[+-]?[\d.]+), (?=[+-]?[\d.]+\])", "\\1,\u00a0", text)
+
+
+def pieces(text: str) -> list[str]:
+    """The text in pieces of one line or less, none of them long if it has blanks."""
+    found = []
+    for line in text.splitlines(keepends=True):
+        while len(line) > _LONGEST and (cut := line.rfind(" ", 1, _LONGEST) + 1 or line.find(" ") + 1):
+            found.append(line[:cut])
+            line = line[cut:]
+        found += [line] if line else []
+    return found or [text]
+
+
 def literal(value: object) -> str:
-    """A Python expression for text, numbers and lists of these, on one line."""
+    """A Python expression for text, numbers and lists of these, on one line; texts in double quotes if possible."""
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(literal(one) for one in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    written = repr(value)
+    if isinstance(value, str) and '"' not in value and "'" not in value:
+        written = f'"{written[1:-1]}"'
     # Within Python's quotes this escape is the hyphen itself.
-    return repr(value).replace("<!--", "<!\\x2d-")
+    return written.replace("<!--", "<!\\x2d-")
 
 
 def inert(text: str) -> str:

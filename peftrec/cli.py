@@ -127,6 +127,20 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print one JSON object")
     verb.set_defaults(verb=_evaluate)
 
+    verb = verbs.add_parser("card", help="write the model card of a finished run, RUN/adapter/README.md, again")
+    verb.add_argument("run", metavar="RUN", help="folder of a finished run")
+    verb.add_argument("--repo-id", metavar="ID", help="where the adapter will be on the Hub, namespace/name")
+    for name, text in {
+        "license": "of the adapter, as the Hub writes it: apache-2.0",
+        "contact": "where questions go",
+        "intended-use": "what the adapter is for, and what it is not for",
+        "citation": "how to cite the adapter",
+        "language": "of the items' texts: en",
+        "base-model": "the base model on the Hub where it was loaded from a local folder",
+    }.items():
+        verb.add_argument(f"--{name}", metavar="TEXT", help=f"{text}; kept in RUN/card.yaml")
+    verb.set_defaults(verb=_card)
+
     verb = verbs.add_parser("export", help="write an adapter as one merged model, or as a LoRA folder for vLLM")
     verb.add_argument("adapter", metavar="RUN_OR_ADAPTER", help="folder of a finished run, or of its adapter")
     verb.add_argument("output", metavar="OUTPUT", help="folder to write, new or empty")
@@ -227,9 +241,7 @@ def _validate(given: argparse.Namespace) -> None:
     recipe = config.load_recipe(given.config, given.overrides)
     from peftrec import interactions
 
-    interactions.check(
-        recipe.data, config.placeholders(recipe.prompt.item), recipe.task, config.placeholders(recipe.prompt.user or "")
-    )
+    interactions.check(recipe.data, config.placeholders(recipe.prompt.item), recipe.task, config.of_users(recipe))
     if recipe.adapter.method == "other":  # the names are PEFT's, whose import takes seconds
         from peftrec import methods
 
@@ -402,6 +414,24 @@ def _no_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_no_nan(one) for one in value]
     return None if isinstance(value, float) and value != value else value
+
+
+# --- card -------------------------------------------------------------------------------------------------------------
+
+
+def _card(given: argparse.Namespace) -> None:
+    from peftrec import card, card_facts, config
+
+    if given.repo_id is not None and not card_facts.is_hub_id(given.repo_id):
+        raise ConfigError(f"--repo-id: {given.repo_id!r}; expected a Hub id, namespace/name")
+    names = ("license", "contact", "intended_use", "citation", "language", "base_model")
+    told = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    path = card.write(given.run, card_facts.parse_author(told, "command line"), repo_id=given.repo_id)
+    if told:
+        facts = card_facts.read_facts(given.run)
+        words = card_facts.overlaid(card_facts.read_author(given.run, facts), config.Author(**told))
+        card_facts.write_author(given.run, words)
+    print(path)
 
 
 # --- export -----------------------------------------------------------------------------------------------------------

@@ -77,6 +77,19 @@ Text = Annotated[str, Check("text that is not empty", lambda text: bool(text.str
 Template = Annotated[
     str, Check("a template with plain {column} names, as in '{title} ({year})'; write {{ for a brace", _is_template)
 ]
+License = Annotated[
+    str,
+    Check(
+        "a licence as the Hub writes it, such as apache-2.0",
+        lambda text: bool(re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", text)),
+    ),
+]
+Language = Annotated[
+    str, Check("an ISO 639 code, such as en", lambda text: bool(re.fullmatch(r"[a-z]{2,3}|multilingual", text)))
+]
+HubId = Annotated[
+    str, Check("a Hub id, such as namespace/name", lambda text: bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text)))
+]
 Distinct = Check("each at most once", lambda values: len(set(values)) == len(values))
 
 
@@ -118,7 +131,7 @@ class Data:
     items: Text | None = None
     """The items table, one row per item_id; not needed where the interactions have a title column."""
     users: Text | None = None
-    """The users table, one row per user_id, where `prompt.user` shows something of it."""
+    """The users table, one row per user_id, where `prompt.user` or `eval.user_groups` names columns of it."""
     records: Text | RecordFiles | None = None
     """Ready-made prompts (instruction, input, output): one JSON or JSONL file to split, or one each for
     train, valid and test."""
@@ -327,6 +340,8 @@ class Eval:
         default_factory=lambda: ["cold_item", "cold_user", "popularity"]
     )
     """Groups of test rows reported apart."""
+    user_groups: Annotated[list[Text], Distinct] = field(default_factory=list)
+    """Columns of the users table (age, gender) by which test rows are reported apart, too."""
     baselines: Annotated[
         list[Literal["user_mean", "item_mean", "bias", "mf", "item_knn", "svd", "svdpp", "popularity"]], Distinct
     ] = field(default_factory=lambda: ["item_mean", "bias", "popularity"])
@@ -342,6 +357,24 @@ class Eval:
     """Resamples of the users for the 95 % intervals; 0 gives none."""
     recommend_k: Count = 10
     """Items in a recommendation."""
+
+
+@dataclass(frozen=True)
+class Author:
+    """What the model card says that no run knows. Texts are Markdown."""
+
+    license: License | None = None
+    """Of the adapter."""
+    contact: Text | None = None
+    """Where questions go."""
+    intended_use: Text | None = None
+    """What the adapter is for, and what it is not for."""
+    citation: Text | None = None
+    """How to cite the adapter."""
+    language: Language | None = None
+    """Of the items' texts; data sets that peftrec knows by name say it themselves."""
+    base_model: HubId | None = None
+    """The base model on the Hub where it was loaded from a local folder."""
 
 
 @dataclass(frozen=True)
@@ -394,12 +427,20 @@ class Recipe:
     """Optimisation."""
     eval: Eval = field(default_factory=Eval)
     """Measurement."""
+    card: Author = field(default_factory=Author)
+    """What its author says of the adapter."""
     hub: Hub = field(default_factory=Hub)
     """Publishing."""
     output_dir: Text
     """Folder of the run, created if need be."""
     seed: Annotated[int, Check("a whole number from 0 to 2**32 - 1", lambda n: 0 <= n < 2**32)] = 13
     """Seed of everything random."""
+
+
+def of_users(recipe: Recipe) -> dict[str, str]:
+    """Columns of the users table that a recipe uses -> the key that names them."""
+    shown = placeholders(recipe.prompt.user or "") if recipe.prompt.layout == "pointwise" else []
+    return dict.fromkeys(recipe.eval.user_groups, "eval.user_groups") | dict.fromkeys(shown, "prompt.user")
 
 
 METHOD_KEYS = {
@@ -515,7 +556,8 @@ def _idle(recipe: Recipe) -> dict[str, str]:
         (own_files, source, "data.hub_revision"),
         (data.records, "data.records", "data.items data.users data.like_at data.rating_range"),
         (data.records, "data.records", "prompt.item prompt.user prompt.header prompt.history prompt.max_history"),
-        (recipe.prompt.user is None, "prompt.user", "data.users"),
+        (data.records, "data.records", "eval.user_groups"),
+        (recipe.prompt.user is None and not recipe.eval.user_groups, "prompt.user", "data.users"),
         (isinstance(data.records, dict), "data.records", " ".join(leaves(Split, "data.split."))),
         (kind != "column", "data.split.kind", "data.split.column"),
         (kind != "kfold", "data.split.kind", "data.split.folds data.split.fold"),
@@ -537,6 +579,7 @@ def _idle(recipe: Recipe) -> dict[str, str]:
             "adapter.encoder_num_layers",
         ),
         (method == "none", "adapter.method", " ".join(leaves(Train, "train.")) + " eval.base_model"),
+        (method == "none", "adapter.method", " ".join(leaves(Author, "card."))),
         (recipe.train.lr_scheduler_type == "constant", "train.lr_scheduler_type", "train.warmup_steps"),
         (recipe.score.head == "linear", "score.head", "score.loss"),
         (recipe.score.head != "tokens", "score.head", "eval.base_model"),
@@ -557,6 +600,8 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], str]]:
     """Values that cannot work together: the key to name, the other keys involved, and the error text."""
     yield from _data_conflicts(recipe.data)
     yield from _prompt_conflicts(recipe)
+    if recipe.eval.user_groups and recipe.data.name is None and recipe.data.users is None:
+        yield "data.users", ("eval.user_groups", "data"), "missing; eval.user_groups names columns of it; set it"
     yield from _task_conflicts(recipe)
     yield from _hub_conflicts(recipe)
     yield from compatibility.conflicts(recipe)

@@ -80,7 +80,7 @@ class Encoder:
             self.texts = self.codec.written(self.texts, self.max_item_tokens)
         self._people: list[str] = []
         if prompt.user is not None:
-            assert log.users is not None, "interactions.load(…, with_users=True)"
+            assert log.users is not None, "interactions.load(…, with_users=…)"
             self._people = self.codec.written(user_texts(log.users, prompt.user), max_user_tokens(prompt.max_tokens))
         self.questions = Pieces.of(self.codec.questions(self.texts, self.max_item_tokens) if self.texts else [])
 

@@ -64,14 +64,14 @@ class Interactions:
     users: pl.DataFrame | None = None
 
 
-def load(data: Data, seed: int, task: Task = "click", *, with_users: bool = False) -> Interactions:
+def load(data: Data, seed: int, task: Task = "click", *, with_users: Mapping[str, str] | None = None) -> Interactions:
     """Read and check what `data` names.
 
     Args:
         data: The recipe's data section.
         seed: Draws the users that `sample_users` keeps.
         task: Whether the events need labels or ratings.
-        with_users: Whether the users table is read, too.
+        with_users: Columns of the users table that are used -> the recipe's key that names them; none does not read it.
 
     Raises:
         AssetError: If a named data set cannot be fetched.
@@ -96,7 +96,7 @@ def load(data: Data, seed: int, task: Task = "click", *, with_users: bool = Fals
     else:
         scale = CLICK_SCALE
         _check_classes(events["label"], name, data)
-    users = _users(data, user_ids, warnings) if with_users else None
+    users = _users(data, user_ids, with_users, warnings) if with_users else None
     fingerprint = _fingerprint(events, user_ids, items, users)
     return Interactions(events, user_ids, items, name, fingerprint, tuple(warnings), scale, data.like_at, users)
 
@@ -130,7 +130,9 @@ def rating_scale(ratings: pl.Series, where: str, limits: Sequence[float] | None)
     return tuple(found.tolist())
 
 
-def check(data: Data, shown: Sequence[str] = (), task: Task = "click", of_users: Sequence[str] = ()) -> None:
+def check(
+    data: Data, shown: Sequence[str] = (), task: Task = "click", of_users: Mapping[str, str] | None = None
+) -> None:
     """Check what can be checked without reading rows: names of data sets, files, and their columns.
 
     What lies on the Hub, or comes with a named data set, is not fetched.
@@ -139,7 +141,7 @@ def check(data: Data, shown: Sequence[str] = (), task: Task = "click", of_users:
         data: The recipe's data section.
         shown: Columns of the items table that the prompt shows.
         task: Whether the events need labels or ratings.
-        of_users: Columns of the users table that the prompt shows.
+        of_users: Columns of the users table that are used -> the recipe's key that names them.
 
     Raises:
         DataError: Every mistake, one line each.
@@ -149,7 +151,7 @@ def check(data: Data, shown: Sequence[str] = (), task: Task = "click", of_users:
         problems.append(_unknown_name(data.name))
     elif data.name is not None and of_users and DATASETS[data.name].load_users is None:
         problems.append(_tells_nothing(data.name))
-    for source, look in _looks(data, shown, task, of_users):
+    for source, look in _looks(data, shown, task, of_users or {}):
         try:
             if not tables.on_hub(source):
                 look(source)
@@ -203,17 +205,17 @@ def _unknown_name(name: str) -> str:
 
 
 def _tells_nothing(name: str) -> str:
-    return f"prompt.user: data set {name} tells nothing of its users; leave prompt.user out"
+    return f"data.name: {name} tells nothing of its users; leave prompt.user and eval.user_groups out"
 
 
 def _looks(
-    data: Data, shown: Sequence[str], task: Task, of_users: Sequence[str]
+    data: Data, shown: Sequence[str], task: Task, of_users: Mapping[str, str]
 ) -> Iterator[tuple[str, Callable[[str], object]]]:
     """Each source with what looks at its columns."""
     if data.interactions:
         yield data.interactions, lambda source: _first_event(source, data, task)
     if data.items:
-        yield data.items, lambda source: _check_shown(source, data, ITEMS, shown)
+        yield data.items, lambda source: _check_shown(source, data, ITEMS, dict.fromkeys(shown, "prompt.item"))
     if data.users:
         yield data.users, lambda source: _check_shown(source, data, USERS, of_users)
     files = data.records.values() if isinstance(data.records, dict) else filter(None, [data.records])
@@ -228,14 +230,13 @@ def _first_event(where: str, data: Data, task: Task) -> pl.DataFrame:
     return _parse(raw, where, data.like_at, None, task)
 
 
-def _check_shown(source: str, data: Data, required: Sequence[str], shown: Sequence[str]) -> None:
+def _check_shown(source: str, data: Data, required: Sequence[str], shown: Mapping[str, str]) -> None:
     _, names, kept = _side_names(source, data.columns, required)
-    for name in shown:
+    for name, key in shown.items():
         if name not in (*names, *kept):
             found = ", ".join((*names, *kept))
             near = tables.nearest_column(name, [*names, *kept])
             todo = f"did you mean {{{near}}}?" if near else "use one of them"
-            key = "prompt.item" if required == ITEMS else "prompt.user"
             raise DataError(f"{key}: no column '{name}' in {source} ({found}); {todo}")
 
 
@@ -369,7 +370,7 @@ def _side_table(source: str, columns: Mapping[str, str], required: Sequence[str]
     return pl.DataFrame([ids, *texts, *(column for column in rest if column is not None)])
 
 
-def _users(data: Data, user_ids: pl.Series, warnings: list[str]) -> pl.DataFrame:
+def _users(data: Data, user_ids: pl.Series, used: Mapping[str, str], warnings: list[str]) -> pl.DataFrame:
     """One row for each of `user_ids`; of whom the table says nothing, nulls."""
     if data.users is not None:
         where, table = data.users, _side_table(data.users, data.columns, USERS)
@@ -378,6 +379,9 @@ def _users(data: Data, user_ids: pl.Series, warnings: list[str]) -> pl.DataFrame
         if read is None:
             raise DataError(_tells_nothing(where))
         table = read()
+    if missing := [name for name in used if name not in table.columns]:
+        found = ", ".join(table.columns)
+        raise DataError(f"{used[missing[0]]}: no column '{missing[0]}' in the users table ({found}); use one of them")
     if table["user_id"].dtype != user_ids.dtype:
         table = table.with_columns(pl.col("user_id").cast(pl.String))
     rows = table.height

@@ -66,6 +66,7 @@ class RunRecord:
         versions: see `versions`.
         hardware: see `hardware`.
         seed: the recipe's.
+        exposure: see `exposure.exposure`; of an older version empty.
         created: when the record was made, UTC, ISO 8601.
         format: of this file.
     """
@@ -84,6 +85,7 @@ class RunRecord:
     eval: Mapping[str, Any]
     seed: int
     warnings: Sequence[str] = ()
+    exposure: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str | None] = field(default_factory=lambda: versions())
     hardware: Mapping[str, Any] = field(default_factory=lambda: hardware())
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
@@ -122,6 +124,7 @@ def read_record(run: str | Path) -> RunRecord:
         raise DataError(f"{path}: format {found!r}; this version reads format {FORMAT}; read it with a newer peftrec")
     if found == 1:  # it knew one task only
         content["task"] = "click"
+    content.setdefault("exposure", {})
     names = [one.name for one in dataclasses.fields(RunRecord)]
     missing = [name for name in names if name not in content]
     if missing:
@@ -234,6 +237,7 @@ def predictions(
     prior: npt.ArrayLike | None = None,
     base_score: npt.ArrayLike | None = None,
     baselines: Mapping[str, npt.ArrayLike] | None = None,
+    groups: Mapping[str, npt.NDArray[np.bool_]] | None = None,
 ) -> pl.DataFrame:
     """The table of predictions.parquet: all that is needed to measure again.
 
@@ -249,11 +253,12 @@ def predictions(
         prior: the prior's own score (m,), where there is one.
         base_score: of the untrained base model (m,), if it was measured.
         baselines: name -> scores (m,).
+        groups: name -> members among the log's users (number of users,); see `user_groups.user_groups`.
 
     Returns:
         `user_id`, `item_id` (null for prompt records), `timestamp`, `label` (clicks only), `rating` where there is one,
         `split`, `score`, then `answer`, `prior`, `score_no_prior` and `base_score` as far as they were given, a column
-        `baseline/NAME` for each baseline and `slice/NAME` for each slice.
+        `baseline/NAME` for each baseline and `slice/NAME` for each slice and group.
     """
     rows = np.asarray(rows, dtype=np.int64)
     item = log.item[rows]
@@ -275,6 +280,7 @@ def predictions(
     columns |= {name: np.asarray(given) for name, given in optional.items() if given is not None}
     columns |= {_BASELINE + name: np.asarray(given) for name, given in (baselines or {}).items()}
     columns |= {_SLICE + name: member[rows] for name, member in slices(log).items()}
+    columns |= {_SLICE + name: member[log.user[rows]] for name, member in (groups or {}).items()}
     return pl.DataFrame(columns)
 
 

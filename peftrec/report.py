@@ -24,7 +24,9 @@ from peftrec.errors import DataError
 from peftrec.interactions import Task
 from peftrec.looks import FLAT, shown
 from peftrec.metrics import HEADLINE, LOWER_IS_BETTER, METRICS
+from peftrec.ranking import Bools
 from peftrec.schema import read_yaml
+from peftrec.user_groups import LEAST_USERS, is_group
 
 SLICES = {"cold_item": ("cold_item",), "cold_user": ("cold_user",), "popularity": ("popular", "mid", "tail")}
 """What `eval.slices` may name -> the slices of `metrics.slices` that it stands for."""
@@ -47,7 +49,7 @@ HEADINGS = {
 """What people read for a metric."""
 LEADING: dict[Task, tuple[str, ...]] = {"click": ("auc", "uauc"), "rating": ("rmse", "mae", "uauc")}
 """Shown with intervals, and as differences."""
-_SHORT = {record.NO_PRIOR: "no prior", record.BASE_MODEL: "base", "mf": "MF", "item_knn": "k-NN"}
+_SHORT = {record.NO_PRIOR: "no prior", record.BASE_MODEL: "base", "bias": "bias", "mf": "MF", "item_knn": "k-NN"}
 _LEGEND: dict[Task, str] = {
     "click": (
         "AUC: chance that a liked row scores above one that is not liked; 0.5 is guessing. uauc: the same within each "
@@ -236,10 +238,11 @@ def compare_predictions(
     scores, answers = record.scorers(rows, trained=trained), record.answers(rows, trained=trained)
     wanted = {part for name in recipe.eval.slices for part in SLICES[name]}
     members = {name: member for name, member in record.members(rows).items() if name in wanted}
+    groups, warnings = _groups(rows, recipe, split)
     intervals: dict[str, dict[str, Interval]] = {name: {} for name in scores}
     differences: dict[str, dict[str, Interval]] = {name: {} for name in list(scores)[1:]}
-    sizes, warnings = {}, []
-    for part, member in {"all": np.ones(len(rows), dtype=bool), **members}.items():
+    sizes = {}
+    for part, member in {"all": np.ones(len(rows), dtype=bool), **members, **groups}.items():
         size = Size(int(member.sum()), len(np.unique(user[member])), float(truth[member].sum()))
         sizes[part] = size
         if not size.rows:
@@ -263,6 +266,15 @@ def compare_predictions(
                 kept[name] |= {_key(split, metric, part): one for metric, one in figures.items()}
     resamples = recipe.eval.bootstrap
     return Comparison(task, split, sight(recipe), intervals, differences, sizes, resamples, tuple(warnings))
+
+
+def _groups(rows: pl.DataFrame, recipe: config.Recipe, split: str) -> tuple[dict[str, Bools], list[str]]:
+    """Groups of users with enough of these among the rows, and a line on the others."""
+    columns = recipe.eval.user_groups
+    found = {name: member for name, member in record.members(rows).items() if is_group(name, columns)}
+    small = [name for name, member in found.items() if rows.filter(member)["user_id"].n_unique() < LEAST_USERS]
+    few = f"{split}: fewer than {LEAST_USERS} users in {', '.join(small)}; not reported apart"
+    return {name: member for name, member in found.items() if name not in small}, [few] if small else []
 
 
 def compare_run(run: str | Path, split: str = "test", bootstrap: int | None = None) -> Comparison:

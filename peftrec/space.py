@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from peftrec import artifact, config
-from peftrec.card_facts import CARD, Author, Facts, hub_base, hub_data, is_hub_id, named_data, read_facts
+from peftrec.card_facts import CARD, Facts, hub_base, hub_data, is_hub_id, named_data, read_facts
 from peftrec.card_text import inline
 from peftrec.catalogue import Catalogue, read_items
 from peftrec.contents import check_folder, list_files
@@ -134,7 +134,7 @@ def _titles(facts: Facts, has_items: bool) -> str:
 
 
 def _base(facts: Facts, base_model: str | None) -> str:
-    base = base_model or hub_base(facts, Author())
+    base = base_model or hub_base(facts, config.Author())
     if base is None:
         raise ModelError(
             f"{facts.name}: the base model was a local folder ({facts.artifact.base_model.name}); expected one that "

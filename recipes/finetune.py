@@ -26,6 +26,7 @@ from peftrec import (
     artifact,
     backbone,
     baselines,
+    card,
     config,
     encode,
     figures,
@@ -43,8 +44,10 @@ from peftrec import (
     virtual_tokens,
 )
 from peftrec.errors import ConfigError, DataError, as_one_line
+from peftrec.exposure import exposure
 from peftrec.recommender import Recommender
 from peftrec.target import Target, fit_target
+from peftrec.user_groups import user_groups
 
 PROBES = 8  # questions whose scores are saved with the adapter
 MOST_CANDIDATES = {"timeline": 2000, "pointwise": 50}  # ranked at the end for one person; a prompt each is slow
@@ -71,7 +74,7 @@ def main() -> None:
         say(f"warning: {mistake}")
 
     # Data: tables -> one log of events, each in one split.
-    data = interactions.load(recipe.data, recipe.seed, recipe.task, with_users=recipe.prompt.user is not None)
+    data = interactions.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
     log = split.split(data, recipe.data.split, recipe.seed)
     for warning in data.warnings:
         say(f"warning: {warning}")
@@ -186,6 +189,7 @@ def main() -> None:
         prior=prior,
         base_score=None if base_outputs is None else target.measure(base_outputs)[0],
         baselines={name: scores[rows] for name, scores in known.scores.items()},
+        groups=None if log.users is None else user_groups(log.users, recipe.eval.user_groups),
     )
     record.write_predictions(folder, table)
     comparison = report.compare_predictions(table, recipe, scale=log.scale)
@@ -241,6 +245,13 @@ def main() -> None:
                 "settings": known.settings,
             },
             hardware=record.hardware(backbone.accelerators()),
+            exposure=exposure(
+                log,
+                rows,
+                record.scorers(table, trained=fitted is not None),
+                resamples=recipe.eval.bootstrap,
+                seed=recipe.seed,
+            ),
             seed=recipe.seed,
         ),
     )
@@ -251,6 +262,8 @@ def main() -> None:
     if about is not None:
         del model, loaded
         _probe(folder / "adapter", about, known, encoder, log, recipe)
+    if about is not None:
+        _write_card(folder, recipe.hub.repo_id)
     if about is not None and log.prompts is None:
         _recommend(folder / "adapter", log, recipe)
     if recipe.hub.push:
@@ -300,7 +313,7 @@ def _may_begin(folder: Path, recipe: config.Recipe, *, resume: bool, overwrite: 
 def _prepare(folder: Path, recipe: config.Recipe, *, resume: bool) -> None:
     """The run folder as training expects it: with `resume` as it was left, otherwise without an earlier run's files."""
     if not resume:
-        for name in ("run.json", "predictions.parquet"):
+        for name in ("run.json", "predictions.parquet", "card.yaml"):
             (folder / name).unlink(missing_ok=True)
         for name in ("checkpoints", "figures", "adapter", "logs"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -370,6 +383,15 @@ def _push(folder: Path, how: config.Hub) -> None:
         print(f"\n{done.pr_url or done.url}: published{f' as {done.commit}' if done.commit else ''}")
 
 
+def _write_card(folder: Path, repo_id: str | None = None) -> None:
+    on_hub = repo_id is not None and "/" in repo_id and not repo_id.startswith("file:")
+    try:
+        card.write(folder, repo_id=repo_id if on_hub else None)
+    except Exception as error:  # whatever it is, the run is not lost for it
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"warning: no model card ({reason}); the run is complete; peftrec card {folder} tries again")
+
+
 def _recommend(folder: Path, log: split.Log, recipe: config.Recipe) -> None:
     """The best items for one person, if possible one without training events, beside what that person liked."""
     count = np.bincount(log.user[log.split == split.TEST], minlength=len(log.user_ids))
@@ -384,7 +406,9 @@ def _recommend(folder: Path, log: split.Log, recipe: config.Recipe) -> None:
     candidates = [ids[code] for code in popular[: MOST_CANDIDATES[recipe.prompt.layout]].tolist()]
     k = recipe.eval.recommend_k
     words = ["disliked", "liked"] if recipe.task == "click" else [f"{rating:g}" for rating in log.scale]
-    about = None if log.users is None else log.users.row(person, named=True)
+    about = None
+    if recipe.prompt.user is not None and log.users is not None:
+        about = log.users.row(person, named=True)
     best = recommender.rank(
         [(ids[log.item[row]], log.scale[log.label[row]]) for row in known], candidates, k=k, user=about
     )

@@ -259,6 +259,30 @@ def test_records_refuse_what_does_not_fit(values: dict[str, Any], expected: str)
     assert [line for line in lines if line.startswith(f"x.yaml: {expected}")]
 
 
+def test_user_groups_need_a_users_table() -> None:
+    data = {"interactions": "a.csv", "items": "b.csv", "like_at": 4}
+    (line,) = mistakes(with_values(data=data, eval={"user_groups": ["age"]}))
+    assert line == "x.yaml: data.users: missing; eval.user_groups names columns of it; set it"
+    found = parse_recipe(with_values(data={**data, "users": "c.csv"}, eval={"user_groups": ["age"]}), "x.yaml")
+    assert config.of_users(found) == {"age": "eval.user_groups"}
+    (line,) = mistakes(with_values(data={**data, "users": "c.csv"}))
+    assert line.startswith("x.yaml: data.users: does nothing under prompt.user: null; remove it")
+    template = {"layout": "pointwise", "template": "{user} {history} {item}", "user": "{age}, {job}"}
+    found = parse_recipe(with_values(prompt=template, eval={"user_groups": ["age", "gender"]}), "x.yaml")
+    assert config.of_users(found) == {"age": "prompt.user", "gender": "eval.user_groups", "job": "prompt.user"}
+
+
+def test_what_an_author_says_is_of_an_adapter() -> None:
+    told = parse_recipe(with_values(card={"license": "mit", "citation": "2026"}), "x.yaml")
+    assert told.card == config.Author(license="mit", citation="2026")
+    assert config.recipe_to_dict(told)["card"] == {"license": "mit", "citation": "2026"}
+    assert "card" not in config.recipe_to_dict(parse_recipe(with_values(), "x.yaml"))
+    (line,) = mistakes(with_values(adapter={"method": "none"}, card={"license": "mit"}))
+    assert line.startswith("x.yaml: card.license: does nothing under adapter.method: none")
+    lines = mistakes(with_values(card={"license": "MIT License", "base_model": "a/b/c", "language": "English"}))
+    assert len(lines) == 3
+
+
 def test_a_key_known_to_be_wrong_is_not_judged_further() -> None:
     """With the layout unknown, nobody can say whether the template is used."""
     assert len(mistakes(with_values(prompt={"layout": "pontwise", "template": "{history} {item}"}))) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import yaml
 from hub_server import WRITE, HubServer
 from safetensors.numpy import load_file
 
-from peftrec import Recommender, artifact, cli, config, record, reload, report
+from peftrec import Recommender, artifact, assets, card, cli, config, contents, record, reload, report
 from peftrec.contents import list_files
 
 ROOT = Path(__file__).parents[1]
@@ -49,11 +50,22 @@ def finetune(*arguments: Any, expect: int = 0, **environment: str) -> subprocess
     return done
 
 
+def check_card(run: Path) -> None:
+    """The adapter's folder is ready to be published, with its card and the figures that it shows."""
+    page = (run / "adapter/README.md").read_text(encoding="utf-8")
+    repo_id = config.load_recipe(run / "config.yaml").hub.repo_id
+    assert page == card.card_of(run, repo_id=repo_id if repo_id and not repo_id.startswith("file:") else None)
+    shown = re.findall(r"\]\(figures/(.*?)\)", page)
+    assert set(shown) == {path.name for path in (run / "adapter/figures").iterdir()}
+    assert len(shown) >= 3
+    assert contents.check_folder(run / "adapter") == []
+
+
 def check_folder(run: Path) -> record.RunRecord:
     """Everything that a run promises is there, and the predictions alone give the same figures again."""
     assert {path.name for path in run.iterdir()} == FOLDER
     assert {path.name for path in (run / "adapter").iterdir()} >= ADAPTER
-    assert not (run / "adapter" / "README.md").exists()
+    check_card(run)
     assert len(artifact.read(run / "adapter").recorded) == 8
     found = record.read_record(run)
     again = report.compare_run(run).facts()
@@ -93,6 +105,41 @@ def test_shipped_recipe_runs_two_steps(path: Path, tmp_path: Path) -> None:
     assert set(found.baselines) >= {"item_mean", "bias", "popularity", *(["mf"] if rates else untrained)}
     for words in ("user+item bias", f"{'RMSE' if rates else 'AUC'} by slice", "best of", "everything is in"):
         assert words in done.stdout
+    if path.stem in ("click_lora_demo", "click_encoder"):
+        check_plain_snippet(tmp_path / "run/adapter")
+
+
+def check_plain_snippet(adapter: Path) -> None:
+    """PEFT and transformers, the files of the card's folder and of the named wheels, and nothing of peftrec."""
+    about = artifact.read(adapter)
+    packaged = assets.MODELS[about.base_model.name]
+    place = Path(packaged.members[0]).parent if about.base_model.note else Path(str(packaged.hub_id))
+    (adapter / place).parent.mkdir(parents=True, exist_ok=True)
+    (adapter / place).symlink_to(assets.wheel_file(packaged).parent)
+    page = (adapter / "README.md").read_text(encoding="utf-8")
+    (snippet,) = [one for one in re.findall(r"^```python\n(.*?)^```", page, flags=re.S | re.M) if "PeftModel" in one]
+    code = f"{snippet}\nimport sys\nassert not any(name.startswith('peftrec') for name in sys.modules)\n"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=adapter,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) == pytest.approx(about.probes[0].score, abs=1e-4)
+
+
+def test_a_card_that_cannot_be_made_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("finetune", FINETUNE)
+    assert spec is not None
+    assert spec.loader is not None
+    finetune = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(finetune)
+    finetune._write_card(tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"warning: no model card ({tmp_path}/config.yaml: cannot be read;")
+    assert line.endswith(f"the run is complete; peftrec card {tmp_path} tries again")
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +153,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     seconds = 1_000_000 + random.permutation(len(user)) // 3 * 60  # some share their second
     pl.DataFrame({"uid": user, "movieId": film, "stars": stars, "ts": seconds}).write_csv(folder / "ratings.csv")
     pl.DataFrame({"movieId": np.arange(30), "title": [f"Film {k}" for k in range(30)]}).write_csv(folder / "films.csv")
+    people = {"uid": np.arange(24), "job": ["cook", "baker"] * 12}
+    pl.DataFrame(people).write_csv(folder / "people.csv")
     lines = [
         {"instruction": "Will they like it?", "input": f"Film {f}", "output": "Yes." if s >= 4 else "No."}
         for f, s in zip(film.tolist(), stars.tolist(), strict=True)
@@ -138,7 +187,11 @@ COLUMNS = "columns: {user_id: uid, item_id: movieId, rating: stars, timestamp: t
     ("split", "prompt", "more"),
     [
         ("{kind: leave_last_out}", "overlap: 64", "history: frozen"),
-        ("{kind: kfold, folds: 4, valid: 0.2}", "overlap: 64, history: liked", "history: frozen"),
+        (
+            "{kind: kfold, folds: 4, valid: 0.2}",
+            "overlap: 64, history: liked",
+            "history: frozen, user_groups: [job]",
+        ),
         (
             "{kind: cold_item, valid: 0.2, test: 0.2}",
             'layout: pointwise, template: "{history}? {item}:"',
@@ -148,11 +201,14 @@ COLUMNS = "columns: {user_id: uid, item_id: movieId, rating: stars, timestamp: t
     ids=["leave_last_out", "kfold", "cold_item"],
 )
 def test_own_tables(tables: Path, tiny_llama_folder: Path, tmp_path: Path, split: str, prompt: str, more: str) -> None:
-    data = f"{{interactions: {tables}/ratings.csv, items: {tables}/films.csv, {COLUMNS}, split: {split}}}"
+    people = f"users: {tables}/people.csv, " if "user_groups" in more else ""
+    data = f"{{interactions: {tables}/ratings.csv, items: {tables}/films.csv, {people}{COLUMNS}, split: {split}}}"
     path = own_recipe(tables, tiny_llama_folder, tmp_path / "run", data=data, prompt=prompt, more=more)
     finetune("--config", path)
     found = check_folder(tmp_path / "run")
     assert found.data["rows"] == 480
+    assert [name for name in found.slices if "=" in name] == (["job=baker", "job=cook"] if people else [])
+    assert ("By job it serves the group" in (tmp_path / "run/adapter/README.md").read_text()) is bool(people)
     recommender = Recommender.from_pretrained(tmp_path / "run/adapter", items=tables / "films.csv", **FILM_COLUMNS)
     assert len(recommender.rank([("Film 1", 1)], k=3)) == 3
     table = record.read_predictions(tmp_path / "run")

@@ -84,6 +84,7 @@ def test_predictions_hold_ids_labels_scores_and_slices() -> None:
         prior=np.array([1.0, 0.0, -2.0]),
         base_score=np.array([0.1, 0.2, 0.3], dtype=np.float32),
         baselines={"item_mean": np.array([7.0, 8.0, 9.0])},
+        groups={"age=1 to 9": np.array([True, False])},
     )
     assert table.drop("base_score").to_dict(as_series=False) == {
         "user_id": ["adam", "eva", "eva"],
@@ -101,13 +102,14 @@ def test_predictions_hold_ids_labels_scores_and_slices() -> None:
         "slice/popular": [False, True, False],
         "slice/mid": [False, False, False],
         "slice/tail": [False, False, False],
+        "slice/age=1 to 9": [True, False, False],
     }
     assert table["base_score"].to_list() == pytest.approx([0.1, 0.2, 0.3])
     found = record.scorers(table)
     assert list(found) == ["adapter", "adapter_no_prior", "base_model", "item_mean"]
     assert found["adapter_no_prior"].tolist() == [0.5, -1.0, 0.25]
     assert record.answers(table) == {}
-    assert list(record.members(table)) == ["cold_item", "cold_user", "popular", "mid", "tail"]
+    assert list(record.members(table)) == ["cold_item", "cold_user", "popular", "mid", "tail", "age=1 to 9"]
 
 
 def test_without_an_adapter_the_base_model_is_what_was_scored() -> None:

@@ -143,6 +143,30 @@ def test_a_slice_of_one_class_prints_a_dash_and_warns() -> None:
     assert "warning: test, slice cold_item" in found.table()
 
 
+def test_user_groups() -> None:
+    """Users 0 to 9 are women, 10 to 19 men, four of each old; a column that was not asked for stays out."""
+    log = make_log()
+    rows = np.flatnonzero(log.split == 2)
+    score = np.random.default_rng(3).normal(size=len(rows))
+    users = np.arange(20)
+    groups = {
+        "gender=woman": users < 10,
+        "gender=man": users >= 10,
+        "age=60 to 70": users % 5 == 0,
+        "job=cook": users > 3,
+    }
+    table = record.predictions(log, rows, task="click", score=score, groups=groups)
+    found = report.compare_predictions(table, asked(user_groups=["gender", "age"], bootstrap=20))
+    assert list(found.sizes) == ["all", "gender=woman", "gender=man"]
+    women = log.user[rows] < 10
+    size = found.sizes["gender=woman"]
+    assert (size.rows, size.users) == (int(women.sum()), 10)
+    expected = click_metrics(log.label[rows][women], score[women], log.user[rows][women])["auc"]
+    assert found.metrics["adapter"]["test/auc|gender=woman"] == pytest.approx(expected)
+    assert found.warnings == ("test: fewer than 5 users in age=60 to 70; not reported apart",)
+    assert cells(found.table().partition("AUC by slice")[2], "gender=man")[2] == "10"
+
+
 def test_one_user_gives_no_interval() -> None:
     found = compare(four_rows(), [0, 1], {"adapter": np.array([0.0, 1.0])}, asked(bootstrap=10))
     assert found.intervals["adapter"]["test/auc"].point == 1

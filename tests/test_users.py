@@ -51,7 +51,7 @@ class TestTable:
         users.write_csv(folder / "users.csv")
         files = {name: str(folder / f"{name}.csv") for name in ("items", "users")}
         data = config.Data(interactions=str(folder / "events.csv"), columns=columns, **files)  # type: ignore[arg-type]
-        return interactions.load(data, 13, with_users=True)
+        return interactions.load(data, 13, with_users={"user_id": "prompt.user"})
 
     def test_one_row_for_each_user(self, tmp_path: Path) -> None:
         found = self.load(tmp_path, pl.DataFrame({"user_id": [9, 5, 7, 7], "age": [20, 30, 40, 50]}))
@@ -73,12 +73,12 @@ class TestTable:
         self.load(tmp_path, pl.DataFrame({"user_id": [7], "age": [20]}))
         data = config.Data(interactions=str(tmp_path / "events.csv"), items=str(tmp_path / "items.csv"))
         data = dataclasses.replace(data, users=str(tmp_path / "users.csv"))
-        interactions.check(data, ["title"], "click", ["age"])
+        interactions.check(data, ["title"], "click", {"age": "prompt.user"})
         with pytest.raises(DataError, match=r"prompt.user: no column 'agee' in .*users.csv .*; did you mean {age}"):
-            interactions.check(data, ["title"], "click", ["agee"])
+            interactions.check(data, ["title"], "click", {"agee": "prompt.user"})
 
     def test_of_movielens(self) -> None:
-        found = interactions.load(config.Data(name="ml-100k"), 13, with_users=True)
+        found = interactions.load(config.Data(name="ml-100k"), 13, with_users={"age": "prompt.user"})
         assert found.users is not None
         assert found.users.columns == ["user_id", "age", "gender", "occupation"]
         assert found.users.row(0) == (1, 24, "man", "technician")
@@ -191,7 +191,7 @@ def test_a_data_set_that_tells_nothing_of_its_users(monkeypatch: pytest.MonkeyPa
     silent = dataclasses.replace(DATASETS["ml-100k"], load_users=None)
     monkeypatch.setitem(DATASETS, "ml-100k", silent)
     with pytest.raises(
-        DataError, match=r"prompt\.user: data set ml-100k tells nothing of its users; leave prompt\.user out"
+        DataError, match=r"data\.name: ml-100k tells nothing of its users; leave prompt\.user and eval\.user_groups out"
     ):
-        interactions.check(config.Data(name="ml-100k"), of_users=["age"])
+        interactions.check(config.Data(name="ml-100k"), of_users={"age": "prompt.user"})
     interactions.check(config.Data(name="ml-100k"))

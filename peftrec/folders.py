@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peftrec import artifact
-from peftrec.contents import list_files
+from peftrec.contents import NEUTRAL, list_files
 from peftrec.errors import HubError
 from peftrec.hub_client import Content
 
@@ -20,7 +20,7 @@ _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 
 def replace(target: Path, files: Mapping[str, Content]) -> bool:
-    """Make `target` hold copies of `files`, and nothing else.
+    """Make `target` hold copies of `files`, what git and the Hub's client keep there (`NEUTRAL`), and nothing else.
 
     Args:
         target: a folder with an adapter, an empty one, or none.
@@ -48,6 +48,7 @@ def replace(target: Path, files: Mapping[str, Content]) -> bool:
                     os.fsync(written.fileno())
                 if sha256(copy) != file.sha256:
                     raise HubError(f"{file.place}: changed while it was copied; nothing was published: push again")
+            _carry(target, new)
             _swap(new, target)
     except OSError as error:
         raise HubError(f"{target}: cannot be written ({error.strerror or error}); choose another folder") from error
@@ -63,10 +64,13 @@ def adapter_in(target: Path) -> dict[str, Path]:
     try:
         if target.is_symlink() or (target.exists() and not target.is_dir()):
             raise HubError(f"{target}: not a folder; expected one, or none; choose another")
-        if not target.exists() or not any(target.iterdir()):
+        if not target.exists():
             return {}
+        names = {one.name for one in target.iterdir()}
     except OSError as error:
         raise HubError(f"{target}: cannot be read ({error.strerror or error}); choose another folder") from error
+    if names <= set(NEUTRAL):
+        return {}
     found, others = list_files(target)
     if artifact.FILE not in found or others:
         what = others[0].partition(":")[0] if others else f"no {artifact.FILE}"
@@ -83,6 +87,25 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _carry(target: Path, new: Path) -> None:
+    """Give `new` what git and the Hub's client keep in `target`, which holds it too until it is gone."""
+    for name in NEUTRAL:
+        kept, place = target / name, new / name
+        if kept.is_symlink():
+            place.symlink_to(kept.readlink())
+        elif kept.is_dir():
+            shutil.copytree(kept, place, symlinks=True, copy_function=_link)
+        elif kept.exists():
+            _link(kept, place)
+
+
+def _link(kept: str | Path, place: str | Path) -> None:
+    try:
+        os.link(kept, place)
+    except OSError:  # a filesystem without links
+        shutil.copy2(kept, place)
+
+
 def _swap(new: Path, target: Path) -> None:
     if not target.exists():
         new.replace(target)
@@ -91,7 +114,7 @@ def _swap(new: Path, target: Path) -> None:
         target.rename(old)
         try:
             new.rename(target)
-        except OSError:
+        except BaseException:  # also an impatient Ctrl-C: `old` goes with the scratch folder
             old.rename(target)
             raise
 

@@ -7,13 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 
 from peftrec import artifact
 from peftrec.errors import HubError
-from peftrec.file_checks import CARD
+from peftrec.file_checks import CARD, WEIGHTS
 from peftrec.hub_client import one_line
 
 TOLERANCE = 1e-4
@@ -21,6 +22,11 @@ TOLERANCE = 1e-4
 
 LAUNCHED = re.compile(r"ACCELERATE_USE_(FSDP|DEEPSPEED)$|(LOCAL_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$")
 """What a launcher tells the processes of one run."""
+
+TOLD = re.compile(
+    r"Reload check: \d+ probes in a fresh process, at most (\d\.\de[-+]\d\d) off((?:\s+[0-9a-f]{64} \S+)+)"
+)
+"""How a commit tells of a check, and of which files by their sha256."""
 
 
 def check_reload(
@@ -69,6 +75,33 @@ def check_reload(
             f"{tolerance:g}; the files are of different runs, or the base model is another: save the adapter again"
         )
     return worst
+
+
+def describe_check(off: float, probes: int, hashes: Mapping[str, str]) -> str:
+    """What a commit says of its reload check.
+
+    Args:
+        off: the largest difference.
+        probes: how many answers were compared.
+        hashes: path -> sha256 of all files; those of the weights and of peftrec.json are told.
+    """
+    lines = [f"Reload check: {probes} probes in a fresh process, at most {off:.1e} off"]
+    lines += [f"{hashes[path]} {path}" for path in (*WEIGHTS, artifact.FILE) if path in hashes]
+    return "\n".join(lines)
+
+
+def read_check(text: str, hashes: Mapping[str, str]) -> float | None:
+    """The largest difference that a commit tells of; None where it tells of no check, or of one of other files.
+
+    Args:
+        text: the commit's description.
+        hashes: path -> sha256 of the weights and of peftrec.json as they are now.
+    """
+    for found in TOLD.finditer(text):
+        words = found[2].split()
+        if dict(zip(words[1::2], words[::2], strict=True)) == hashes:
+            return float(found[1])
+    return None
 
 
 def check_card(folder: str | Path) -> None:

@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
+from peftrec.config import is_repo_id
 from peftrec.errors import HubError
 
 T = TypeVar("T")
@@ -101,6 +102,12 @@ def list_tree(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
     if len(listed) > MOST_FILES:
         raise HubError(f"{repo_id}: more than {MOST_FILES:,} files; expected an adapter; use another repository")
     return {one.path: one for one in listed if isinstance(one, RepoFile)}
+
+
+def refuse_unnamed(repo_id: str, expected: str) -> None:
+    """Raise a HubError where what should be a repository of somebody's has no owner, or a name that cannot be."""
+    if "/" not in repo_id or not is_repo_id(repo_id):
+        raise HubError(f"{one_line(repo_id)}: expected {expected}, such as me/films; write whose it is")
 
 
 def refuse_offline(verb: str, todo: str) -> None:

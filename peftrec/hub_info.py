@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -12,18 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.hf_api import RepoFile
 
 from peftrec import artifact, config, record
 from peftrec.artifact import Artifact
 from peftrec.config import FILE_TARGET
 from peftrec.contents import check_files, check_folder, list_files
 from peftrec.errors import HubError
-from peftrec.file_checks import CARD, CONFIG, WEIGHTS, front_matter
-from peftrec.hub_client import MAIN, again, connect, in_one_line, list_tree, one_line, refuse_offline
+from peftrec.file_checks import CARD, CONFIG, FIGURES, WEIGHTS, front_matter, is_ours
+from peftrec.folders import sha256
+from peftrec.hub_checks import read_check
+from peftrec.hub_client import (
+    MAIN,
+    again,
+    connect,
+    in_one_line,
+    list_tree,
+    one_line,
+    refuse_offline,
+    refuse_unnamed,
+)
 from peftrec.hub_pull import check_listing
 from peftrec.hub_push import adapter_folder
-
-CHECKED = re.compile(r"Reload check: .*? probes in a fresh process, at most (\S+) off")
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,8 @@ class Info:
         files: path -> bytes.
         commit: that was looked at; None for a folder.
         private: whether only some may see it; None for a folder.
-        reload_check: largest difference that its author's fresh process found when it was pushed, where the commit
-            says so.
+        reload_check: largest difference that its author's fresh process found when it was pushed, as a commit says of
+            the very files that are there now; None where none does, and for a folder.
     """
 
     where: str
@@ -158,6 +167,7 @@ def info(
         if revision is not None:
             raise HubError(f"{text}: a folder has no revisions; leave it out")
         return _of_folder(text, adapter_folder(local))
+    refuse_unnamed(text, "a folder, or namespace/name")
     refuse_offline("info", "unset it, or give a folder")
     api = connect(token, endpoint)
     with in_one_line(text), tempfile.TemporaryDirectory(prefix="peftrec-") as scratch:
@@ -171,7 +181,7 @@ def info(
                 files[path] = again(text, lambda path=path: _fetched(api, text, path, commit, scratch))  # type: ignore[misc]
         if problems := check_files(Path(scratch), files, None, whole=False):
             raise HubError(*(f"{text}: {problem}" for problem in problems))
-        off = again(text, lambda: _told_check(api, text, commit))
+        off = again(text, lambda: _told_check(api, text, commit, there, Path(scratch)))
         metrics, license_ = _of_card(Path(scratch))
         return Info(
             text,
@@ -260,12 +270,22 @@ def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
     return (one for one in value if isinstance(one, dict)) if isinstance(value, list) else iter(())
 
 
-def _told_check(api: HfApi, repo_id: str, commit: str) -> float | None:
-    """What the description of the newest commit with a reload check says."""
+def _told_check(api: HfApi, repo_id: str, commit: str, there: Mapping[str, RepoFile], folder: Path) -> float | None:
+    """What the newest commit says that tells of a check of these files; `folder` has peftrec.json."""
+    hashes = {artifact.FILE: sha256(folder / artifact.FILE)}
+    for path in WEIGHTS:
+        if path in there:
+            lfs = there[path].lfs
+            hashes[path] = lfs.sha256 if lfs else ""
     for one in api.list_repo_commits(repo_id, revision=commit):
-        if found := CHECKED.search(one.message):
-            try:
-                return float(found[1])
-            except ValueError:
-                return None
+        off = read_check(one.message, hashes)
+        # The scores hang on the tokenizer and the configuration too.
+        if off is not None and _scoring(list_tree(api, repo_id, one.commit_id)) == _scoring(there):
+            return off
     return None
+
+
+def _scoring(there: Mapping[str, RepoFile]) -> dict[str, str]:
+    """Path -> git's hash of the files that may change a score."""
+    others = (CARD, f"{FIGURES}/")
+    return {path: one.blob_id for path, one in there.items() if is_ours(path) and not path.startswith(others)}

@@ -16,7 +16,7 @@ from peftrec.config import FILE_TARGET
 from peftrec.contents import check_files, check_folder, check_remote
 from peftrec.errors import HubError
 from peftrec.file_checks import kind_of
-from peftrec.hub_client import MAIN, Content, again, connect, in_one_line, list_tree
+from peftrec.hub_client import MAIN, Content, again, connect, in_one_line, list_tree, refuse_unnamed
 
 
 def pull(
@@ -54,6 +54,7 @@ def pull(
         if problems := check_folder(folder, allow=None):
             raise HubError(*(f"{repo_id}: {problem}" for problem in problems))
         return _copied(folder, local_dir, list(folders.adapter_in(folder)))
+    refuse_unnamed(repo_id, f"namespace/name or {FILE_TARGET}FOLDER")
     wanted = revision or MAIN
     with in_one_line(repo_id):
         if constants.is_offline_mode():

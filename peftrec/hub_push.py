@@ -16,7 +16,7 @@ from peftrec.config import FILE_TARGET, REPO_ID, is_repo_id
 from peftrec.contents import check_folder, list_files
 from peftrec.errors import HubError
 from peftrec.file_checks import CARD, is_ours
-from peftrec.hub_checks import check_card, check_reload
+from peftrec.hub_checks import check_card, check_reload, describe_check
 from peftrec.hub_client import (
     MAIN,
     Content,
@@ -61,6 +61,8 @@ class Published:
         pr_url: of the pull request, where one was asked for.
         tag: on the commit, where one was asked for.
         dry_run: True where this is a plan: nothing was written.
+        off: largest difference that the reload check found; None where none was made.
+        probes: how many recorded answers it compared.
     """
 
     repo_id: str
@@ -74,6 +76,8 @@ class Published:
     pr_url: str | None = None
     tag: str | None = None
     dry_run: bool = False
+    off: float | None = None
+    probes: int = 0
 
 
 def push(
@@ -120,39 +124,47 @@ def push(
     """
     if not is_repo_id(repo_id):
         raise HubError(f"{repo_id}: expected {REPO_ID}; choose such a name")
+    target = (
+        Path(repo_id.removeprefix(FILE_TARGET)).expanduser().absolute() if repo_id.startswith(FILE_TARGET) else None
+    )
+    if target is not None:
+        if revision or create_pr or tag:
+            raise HubError(f"{repo_id}: a folder has no revisions, tags or pull requests; leave them out")
+        folders.adapter_in(target)  # raises where it holds other things
+    else:
+        if create_pr and revision not in (None, MAIN):
+            raise HubError(f"revision: {revision}; a pull request is made against {MAIN}: leave it out")
+        refuse_offline("push", f"unset it, or push to a folder: {FILE_TARGET}FOLDER")
     folder = adapter_folder(folder)
     if problems := check_folder(folder, allow, _users(folder)):
         raise HubError(*problems)
     files = {path: Content.of(place) for path, place in list_files(folder)[0].items()}
     check_card(folder)
     off = (reload_check or check_reload)(folder)
-    if repo_id.startswith(FILE_TARGET):
-        if revision or create_pr or tag:
-            raise HubError(f"{repo_id}: a folder has no revisions, tags or pull requests; leave them out")
-        return _to_folder(repo_id, files, dry_run, confirm)
-    if create_pr and revision not in (None, MAIN):
-        raise HubError(f"revision: {revision}; a pull request is made against {MAIN}: leave it out")
-    refuse_offline("push", f"unset it, or push to a folder: {FILE_TARGET}FOLDER")
+    probes = 0 if off is None else len(artifact.read(folder).recorded)
+    if target is not None:
+        return replace(_to_folder(repo_id, target, files, dry_run, confirm), off=off, probes=probes)
     api = connect(token, endpoint)
     with in_one_line(repo_id):
         if "/" not in repo_id:
             repo_id = f"{again(repo_id, api.whoami)['name']}/{repo_id}"
         push = _Push(api, repo_id, revision or MAIN, files, create_pr)
         if dry_run or confirm is not None:
-            plan = push.plan(private, tag)
+            plan = replace(push.plan(private, tag), off=off, probes=probes)
             if dry_run or (confirm is not None and not confirm(plan)):
                 return plan
         visible = _open_repo(api, repo_id, private)
         known = push.check_refs(tag)
         message = commit_message or f"Upload {artifact.read(folder).task} adapter with peftrec"
-        commit, changed = push.run(message, _described(commit_description, off, folder))
+        commit, changed = push.run(message, _described(commit_description, off, probes, files))
     with in_one_line(repo_id, f"published as {commit}, but not read back"):
         found = _read_back(api, repo_id, commit, files)
     if tag is not None and known is None:
         with in_one_line(repo_id, f"published as {commit}, but not tagged"):
             again(repo_id, lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
     place = f"{api.endpoint}/{repo_id}"
-    return Published(repo_id, place, push.revision, commit, changed, found, push.difference, visible, push.pr_url, tag)
+    done = Published(repo_id, place, push.revision, commit, changed, found, push.difference, visible, push.pr_url, tag)
+    return replace(done, off=off, probes=probes)
 
 
 def adapter_folder(folder: str | Path) -> Path:
@@ -170,17 +182,20 @@ def _users(folder: Path) -> frozenset[str]:
     return frozenset(map(str, record.read_predictions(run)["user_id"].unique()))
 
 
-def _described(description: str | None, off: float | None, folder: Path) -> str | None:
+def _described(description: str | None, off: float | None, probes: int, files: Mapping[str, Content]) -> str | None:
     if off is None:
         return description
-    told = f"Reload check: {len(artifact.read(folder).recorded)} probes in a fresh process, at most {off:.1e} off"
+    told = describe_check(off, probes, {path: file.sha256 for path, file in files.items()})
     return f"{description}\n\n{told}" if description else told
 
 
 def _to_folder(
-    repo_id: str, files: Mapping[str, Content], dry_run: bool, confirm: Callable[[Published], bool] | None
+    repo_id: str,
+    target: Path,
+    files: Mapping[str, Content],
+    dry_run: bool,
+    confirm: Callable[[Published], bool] | None,
 ) -> Published:
-    target = Path(repo_id.removeprefix(FILE_TARGET)).expanduser().absolute()
     hashes = {path: file.sha256 for path, file in files.items()}
     there = {path: Content.of(place) for path, place in folders.adapter_in(target).items()}
     difference = Difference(

@@ -117,6 +117,15 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pattern that never ends": (values("adapter_config.json", target_modules="(x+x+)+y"), r"may take for ever"),
     "a list of such": (values("adapter_config.json", target_modules=[".*.*.*.*.*.*y"]), r"may take for ever"),
     "a key that is such": (values("adapter_config.json", rank_pattern={"(.|x)*y": 4}), r"may take for ever"),
+    "a pattern without repeats": (
+        values("adapter_config.json", target_modules=r"(?:.|\w|[^.])" * 30 + "Y"),
+        r"may take for ever",
+    ),
+    "a pattern of questions": (values("adapter_config.json", exclude_modules=".?" * 40 + "X"), r"may take for ever"),
+    "many patterns": (
+        values("adapter_config.json", modules_to_save=[f".*.*X{number}" for number in range(50)]),
+        r"may take for ever",
+    ),
     "a long pattern": (values("adapter_config.json", exclude_modules="x?" * 600), r"may take for ever"),
     "remote code in a config": (edit("config.json", '{"trust_remote_code": true}'), r"trust_remote_code: true names"),
     "megatron": (values("adapter_config.json", megatron_config={"a": 1}), r"megatron_config: .*names code to run"),
@@ -314,6 +323,11 @@ def test_what_may_be_published(adapter: Path) -> None:
     assert check_folder(adapter, allow=["ann@uni.edu"]) == []
     (adapter / "vocab.txt").symlink_to("tokenizer.json")
     assert check_folder(adapter, allow=["ann@uni.edu"]) == []
+
+
+def test_words_for_the_model_are_no_pattern(adapter: Path) -> None:
+    values("adapter_config.json", prompt_tuning_init_text="Liked (yes)? " + "* " * 40)(adapter)
+    assert check_folder(adapter) == []
 
 
 def test_every_problem_is_told_at_once(adapter: Path) -> None:

@@ -188,6 +188,34 @@ def test_a_card_that_the_hub_refuses(server: HubServer, adapter: Path, capsys: p
     assert "empty or missing yaml metadata in repo card" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("repo_id", "how", "message"),
+    [
+        ("file:{}/site", {"tag": "v1"}, "a folder has no revisions, tags or pull requests"),
+        ("file:{}/site", {"revision": "x"}, "a folder has no revisions, tags or pull requests"),
+        ("file:{}/site", {"create_pr": True}, "a folder has no revisions, tags or pull requests"),
+        ("file:{}", {}, "holds other things than an adapter"),
+        (REPO, {"create_pr": True, "revision": "x"}, "a pull request is made against main"),
+        (REPO, {}, "push: HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_what_is_refused_anyway_waits_for_no_reload(
+    adapter: Path, tmp_path: Path, repo_id: str, how: dict[str, Any], message: str
+) -> None:
+    """The environment of these tests is offline: HF_HUB_OFFLINE is set."""
+    with pytest.raises(HubError, match=message):
+        send(adapter, repo_id.format(tmp_path), reload_check=lambda _: pytest.fail("was loaded"), **how)
+
+
+def test_what_the_reload_found_is_told(server: HubServer, adapter: Path, tmp_path: Path) -> None:
+    for target in (REPO, f"file:{tmp_path / 'site'}"):
+        for how in ({"dry_run": True}, {"confirm": lambda plan: False}, {}, {}):
+            done = send(adapter, target, reload_check=lambda _: 0.25, **how)
+            assert (done.off, done.probes) == (0.25, 1)
+        unchecked = send(adapter, target)
+        assert (unchecked.off, unchecked.probes) == (None, 0)
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 STEPS = {
@@ -442,6 +470,41 @@ def test_a_folder_as_target(adapter: Path, changed: Path, tmp_path: Path) -> Non
     assert [path.name for path in target.parent.iterdir()] == ["films"]
     with pytest.raises(HubError, match="a folder has no revisions"):
         send(adapter, f"file:{target}", tag="v1")
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("links", [True, False])
+def test_what_git_keeps_in_a_folder_stays(
+    adapter: Path, changed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, links: bool
+) -> None:
+    """A clone of a repository of the Hub is the usual case of a target that is a folder."""
+    if not exchange:
+        monkeypatch.setattr("peftrec.folders._exchange", lambda new, target: False)
+    if not links:
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError(18, "no links here")))
+    target = tmp_path / "clone"
+    git = ["git", "-C", str(target), "-c", "user.name=Ann", "-c", "user.email=ann@example.org"]
+    target.mkdir()
+    subprocess.run([*git, "init", "-q"], check=True)
+    (target / ".gitattributes").write_text("*.safetensors -text\n")
+    assert send(adapter, f"file:{target}").changed  # a clone of an empty repository
+    (target / ".gitignore").symlink_to(".git/info/exclude")
+    (target / ".cache" / "huggingface").mkdir(parents=True)
+    (target / ".cache" / "huggingface" / "x.lock").write_text("kept")
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
+    assert send(changed, f"file:{target}", dry_run=True).difference.deleted == {}
+    assert send(changed, f"file:{target}").changed
+    assert pull(f"file:{changed}", local_dir=target) == target
+    assert contents_of(target) == contents_of(changed)
+    listed = subprocess.run([*git, "diff", "--name-only"], check=True, capture_output=True, text=True).stdout
+    differing = {path for path, content in contents_of(adapter).items() if contents_of(changed)[path] != content}
+    assert set(listed.split()) == differing
+    subprocess.run([*git, "fsck", "--strict"], check=True, capture_output=True)
+    assert (target / ".gitignore").readlink() == Path(".git/info/exclude")
+    assert (target / ".gitattributes").read_text() == "*.safetensors -text\n"
+    assert (target / ".cache" / "huggingface" / "x.lock").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "changed", "clone"]
 
 
 @pytest.mark.parametrize("exchange", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 from hub_helpers import ABOUT, CARD, REPO, contents_of, send, write_adapter
 from hub_server import OTHER, WRITE, HubServer
+from huggingface_hub import HfApi
 
 from peftrec import artifact, cli, hub, hub_push
 from peftrec.errors import HubError
 
+HASHED = ("adapter_model.safetensors", "peftrec.json")
 METRICS = """---
 license: mit
 base_model: ns/tiny
@@ -124,7 +127,8 @@ def test_push_asks_first(server: HubServer, adapter: Path, run: Callable[..., tu
     assert "(public: everyone will see it)" in err
     assert not server.repos[REPO].private
     first = server.commits(REPO)[0]
-    assert first == "First\n\nReload check: 1 probes in a fresh process, at most 2.5e-07 off"
+    told = [f"{hashlib.sha256((adapter / name).read_bytes()).hexdigest()} {name}" for name in HASHED]
+    assert first == "\n".join(["First\n\nReload check: 1 probes in a fresh process, at most 2.5e-07 off", *told])
     code, out, err = run("push", adapter, REPO, answer="n\n")  # there is nothing to ask about
     assert (code, out) == (0, f"{server.url}/{REPO}: everything was there already ({commit})\n")
 
@@ -139,6 +143,7 @@ def test_push_without_questions(server: HubServer, adapter: Path, run: Callable[
     assert (code, err) == (2, "README.md: an e-mail address, 'ann@uni.edu'; remove it, or allow it\n")
     code, out, _ = run("push", adapter, REPO, "--yes", "--json", "--create-pr", "--allow", "ann@uni.edu")
     assert (code, json.loads(out)["pr_url"]) == (0, f"{server.url}/{REPO}/discussions/1")
+    assert (json.loads(out)["off"], json.loads(out)["probes"]) == (2.5e-7, 1)
     assert server.repos[REPO].private
     code, _, err = run("push", adapter, "me/new", "--yes", "--allow", "ann@uni.edu", token="hub_wrong")
     assert (code, err.count("\n")) == (2, 1)
@@ -191,12 +196,61 @@ def test_info(server: HubServer, adapter: Path, tmp_path: Path, run: Callable[..
     assert hub.info(f"file:{adapter}").about == about == hub.info(REPO).about
     for words in (
         ("nobody/nothing",),
+        ("films",),
         (tmp_path / "nowhere" / "x",),
         (REPO, "--revision", "v9"),
         (adapter, "--revision", "x"),
     ):
         code, out, err = run("info", *words)
         assert (code, out, err.count("\n")) == (2, "", 1), words
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own, on upload_file
+def test_a_check_is_of_the_files_that_are_there(server: HubServer, adapter: Path, tmp_path: Path) -> None:
+    """Whoever changes weights, questions, tokenizer or configuration afterwards has no part in it."""
+    api = HfApi(server.url, WRITE)
+    send(adapter, reload_check=lambda _: 2.5e-7)
+    description = api.list_repo_commits(REPO)[0].message
+    assert "Reload check: 1 probes" in description
+    assert hub.info(REPO, token=WRITE).reload_check == 2.5e-7
+
+    def upload(path: str, content: bytes, told: str = description) -> None:
+        (tmp_path / "new").write_bytes(content)
+        api.upload_file(
+            path_or_fileobj=tmp_path / "new",
+            path_in_repo=path,
+            repo_id=REPO,
+            commit_message="x",
+            commit_description=told,
+        )
+
+    other = contents_of(write_adapter(tmp_path / "other", 1))
+    for path in ("adapter_model.safetensors", "peftrec.json"):
+        upload(path, other[path])
+        found = hub.info(REPO, token=WRITE)
+        assert found.reload_check is None, path
+        assert any(
+            line.endswith("checked   1 probes to check it by; nothing is known of a check") for line in found.lines()
+        )
+        upload(path, contents_of(adapter)[path])
+        assert hub.info(REPO, token=WRITE).reload_check == 2.5e-7, path
+    server.put(REPO, {"README.md": METRICS.encode(), "NOTES.md": b"mine"})
+    assert hub.info(REPO, token=WRITE).reload_check == 2.5e-7
+    for path in ("adapter_config.json", "vocab.txt"):
+        server.put(REPO, {path: other.get(path, b"other words")})
+        assert hub.info(REPO, token=WRITE).reload_check is None, path
+        send(adapter, reload_check=lambda _: 5e-7)
+        assert hub.info(REPO, token=WRITE).reload_check == 5e-7
+    upload("NOTES.md", b"x", "Reload check: 99 probes in a fresh process, at most 0.0e+00 off")
+    assert hub.info(REPO, token=WRITE).reload_check == 5e-7
+
+
+@pytest.mark.parametrize("name", ["films", "a/b/c", "me/fi lms"])
+def test_a_name_without_an_owner(name: str) -> None:
+    with pytest.raises(HubError, match=f"^{name}: expected a folder, or namespace/name, such as me/films"):
+        hub.info(name)
+    with pytest.raises(HubError, match=f"^{name}: expected namespace/name or file:FOLDER, such as me/films"):
+        hub.pull(name)
 
 
 def test_info_trusts_nobody(server: HubServer, adapter: Path) -> None:
@@ -242,7 +296,7 @@ def test_verbs_without_a_connection(adapter: Path, run: Callable[..., tuple[int,
         assert "HF_HUB_OFFLINE is set" in err
 
 
-def test_a_run_is_found_by_its_folder(adapter: Path, tmp_path: Path) -> None:
+def test_a_run_is_found_by_its_folder(server: HubServer, adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter, tmp_path / "run" / "adapter")
     assert hub_push.adapter_folder(tmp_path / "run") == tmp_path / "run" / "adapter"
     assert hub_push.adapter_folder(adapter) == adapter

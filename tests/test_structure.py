@@ -72,6 +72,7 @@ ORDER = (
     "card_limits",
     "card",
     "leaks",
+    "patterns",
     "file_checks",
     "contents",
     "hub_client",

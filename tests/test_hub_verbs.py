@@ -153,12 +153,14 @@ def test_a_pushed_card_names_its_repository(
     write_adapter(tmp_path / "whole")
     for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"):
         shutil.copyfile(tmp_path / "whole" / name, mine / "adapter" / name)
+    shutil.rmtree(mine / "figures")
     page = card.write(mine)
     page.write_text(page.read_text() + "\nI like films.\n")
     before = page.read_text()
     assert REPO not in before
     for words in ((REPO, "--dry-run"), (f"file:{tmp_path / 'site'}", "--yes")):
-        assert run("push", mine, *words)[0] == 0
+        code, _, err = run("push", mine, *words)
+        assert code == 0, err
         assert page.read_text() == before, words
     assert run("push", mine, REPO, "--yes")[0] == 0
     sent = server.files(REPO)["README.md"].decode()

@@ -319,7 +319,7 @@ def test_an_adapter_by_another_name(
     named: str | Path = run_folder if kind == "run" else f"file:{place.adapter}"
     shutil.copytree(place.adapter, run_folder / "adapter")
     if kind == "Hub":
-        named, more, asked = "me/films", ["--revision", "v1"], 1
+        named, more, asked = "me/films", ["--revision", "v1"], 2  # model_info and snapshot_download
         commit = server.put(named, contents_of(place.adapter), private=True)
         server.repos[named].tags["v1"] = commit
         server.put(named, contents_of(save_adapter(place.base, tmp_path / "other", seed=5)))

@@ -54,13 +54,14 @@ def test_pandas_frames_come_back_as_they_were(recommender: Recommender, kind: ty
     pairs = pandas.DataFrame(
         {"item_id": [13, 12], "user_id": [kind(users[one]) for one in ("bob", "ann")]}, index=["x", "y"]
     )
+    pairs["odd"] = [1, "what no table of another kind can hold"]
     log = LOG.drop("timestamp", "rating").with_columns(
         label=pl.Series([True, False, True, False, True]), user_id=pl.col("user_id").replace_strict(users)
     )
     with pytest.warns(UserWarning, match="pairs: 1 of 2 are in the log themselves"):
         found = score_frame(recommender, pairs, log.to_pandas())
     assert found.index.tolist() == ["x", "y"]
-    assert found.columns.tolist() == ["item_id", "user_id", "score", "probability"]
+    assert found.columns.tolist() == ["item_id", "user_id", "odd", "score", "probability"]
     assert "score" not in pairs.columns
     # Without times the log's rows are in order.
     past = [(12, True), (10, True), (11, False), (14, True)]
@@ -69,7 +70,8 @@ def test_pandas_frames_come_back_as_they_were(recommender: Recommender, kind: ty
 
 
 def test_times_may_be_written_in_any_way(recommender: Recommender) -> None:
-    pairs = pl.DataFrame({"user_id": ["ann", "bob"], "item_id": [13, 13], "timestamp": [5, 4]})
+    """The second pair is about a film that its person has met before: that is no leak to warn of."""
+    pairs = pl.DataFrame({"user_id": ["ann", "bob"], "item_id": [13, 10], "timestamp": [5, 4]})
     plain = score_frame(recommender, pairs, LOG)
     moments = [frame.with_columns(pl.from_epoch("timestamp", "s")) for frame in (pairs, LOG)]
     for frames in (moments, (moments[0], LOG)):

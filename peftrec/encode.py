@@ -117,6 +117,26 @@ class Encoder:
         """`n` of the ready-made prompts, drawn by `seed`."""
         return self._records(np.asarray(drawn_order(len(self.log), seed, "questions")[:n]))
 
+    def opening(self, tokens: int, seed: int) -> list[int]:
+        """A text of the prompt's form that nobody wrote: items drawn by `seed`, liked or not in turn.
+
+        Args:
+            tokens: how long it has to be at least, as far as there are items.
+            seed: draws the items.
+
+        Returns:
+            Token ids; none for records, and for models that read a prompt as a whole.
+        """
+        if not (self.texts and isinstance(self.codec, Codec)):
+            return []
+        text = list(self.codec.header)
+        for turn, item in enumerate(drawn_order(len(self.texts), seed, "opening").tolist()):
+            if len(text) >= tokens:
+                break
+            begin, end = self.questions.start[item : item + 2]
+            text += [*self.questions.flat[begin:end].tolist(), *self.codec.tail(turn % len(self.codec.answers))]
+        return text
+
     def _past(self, row: int) -> list[tuple[str, int]]:
         first = int(np.searchsorted(self.log.user, self.log.user[row]))
         return [

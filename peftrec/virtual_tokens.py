@@ -103,6 +103,26 @@ def with_virtual_tokens(plain: type) -> type:
     return type(plain.__name__, (VirtualTokens, plain), {})
 
 
+def start_as_text(model: Any, ids: torch.Tensor) -> None:
+    """Let a prefix begin as the keys and values that the base model keeps of a text.
+
+    PEFT begins with noise, which disturbs the base model, and the way back takes many steps; Li and Liang,
+    Prefix-Tuning (2021), section 7.4, saw the same where data are few.
+
+    Args:
+        model: PEFT's model around a causal base model, with a prefix that is not projected.
+        ids: the text; of it as many tokens as the prefix has are taken, over again if it is shorter.
+    """
+    from peft import initialize_kv_prefix_from_past_key_values
+
+    size = model.active_peft_config.num_virtual_tokens
+    ids = ids.repeat(-(-size // len(ids)))[:size].to(model.device)
+    with torch.no_grad(), model.disable_adapter():
+        kept = model(input_ids=ids[None], use_cache=True).past_key_values
+    layers = [(layer.keys, layer.values) for layer in kept.layers]
+    initialize_kv_prefix_from_past_key_values(model, past_key_values=layers)
+
+
 def list_embeddings_once(model: Any) -> None:
     """Keep PEFT's second name of the base model's embeddings out of the list of modules: FSDP takes it for a tensor."""
     embeddings = model._modules.pop("word_embeddings")

@@ -142,6 +142,7 @@ def main() -> None:
             seed=recipe.seed,
             steps=train.total_steps(recipe.train, len(data_train)),
             original=lambda: backbone.load(dataclasses.replace(recipe.model, load_in_4bit=False), target).model,
+            opening=lambda tokens: encoder.opening(tokens, recipe.seed),
         )
         backbone.check_window(loaded.model, recipe.prompt.max_tokens, virtual_tokens.count(model))
     # Nothing is written before everything that can be wrong with the recipe has been tried.

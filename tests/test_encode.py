@@ -102,3 +102,26 @@ def test_a_long_record_loses_the_beginning_of_its_input(codec: Any, tokenizer: A
     assert tokenizer.decode(ids).startswith("<s>")
     assert tokenizer.decode(ids).endswith("Answer:")
     assert len(ids) <= 30
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 10_000])
+def test_an_opening_is_a_text_that_nobody_wrote(log: Log, tokenizer: Any, tokens: int) -> None:
+    found = encode.Encoder(log, config.Prompt(header="Films:", item="{title}"), tokenizer, "isolate")
+    text = tokenizer.decode(found.opening(tokens, seed=3), skip_special_tokens=True)
+    header, *lines = text.splitlines()
+    assert header == "Films:"
+    answers = [line.rpartition(": ")[2] for line in lines]
+    assert answers == (["no", "yes"] * len(lines))[: len(lines)]
+    titles = [line.rpartition(": ")[0] for line in lines]
+    assert set(titles) <= set(log.items["title"])
+    assert len(set(titles)) == len(titles)
+    assert len(found.opening(tokens, seed=3)) >= tokens or len(titles) == len(log.items)
+    other = encode.Encoder(dataclasses.replace(log, label=1 - log.label), found.prompt, tokenizer, "isolate")
+    assert other.opening(tokens, seed=3) == found.opening(tokens, seed=3)
+
+
+def test_records_have_no_opening(make_log: Callable[..., Log], tokenizer: Any) -> None:
+    table = pl.DataFrame({"instruction": ["Likes it?"], "input": ["Heat"]})
+    log = dataclasses.replace(make_log([0], [1], [1], item=[-1], split=[0]), prompts=table)
+    prompt = config.Prompt(layout="pointwise")
+    assert encode.Encoder(log, prompt, tokenizer, "isolate").opening(5, seed=3) == []

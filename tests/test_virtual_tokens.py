@@ -290,3 +290,36 @@ def test_a_trained_head_reads_the_real_tokens_only(
     loaded = adapters.load(backbone.load(base, target).model, tmp_path)
     assert outputs_of(loaded, packed(log, codec, questions)) == found
     assert max(abs(no - yes) for no, yes in found.values()) > 0.1
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("words", [[5, 9, 7, 11, 3, 8, 2], [5, 9, 7]], ids=["longer", "shorter"])
+def test_a_prefix_begins_as_a_text(
+    load_tiny: Callable[..., Any], request: pytest.FixtureRequest, folder: str, words: list[int]
+) -> None:
+    """Before any training the model reads a prompt as if the text stood in front of it."""
+    base = load_tiny(request.getfixturevalue(folder))
+    text = (words * 2)[:COUNT]
+    prompt = [4, 6, 10]
+    with torch.inference_mode():
+        expected = base(input_ids=torch.tensor([text + prompt])).logits[:, COUNT:]
+        bare = base(input_ids=torch.tensor([prompt])).logits
+    asked: list[int] = []
+    model = adapters.attach(
+        base, METHODS["prefix"], base_name="x", seed=1, opening=lambda tokens: asked.append(tokens) or words
+    ).eval()
+    with torch.inference_mode():
+        found = model(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, 3)).logits
+    assert asked == [COUNT]
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert float((bare - expected).abs().max()) > 1e-3
+
+
+def test_a_projected_prefix_begins_as_it_is_drawn(load_tiny: Callable[..., Any], tiny_llama_folder: Path) -> None:
+    drawn = [
+        adapters.attach(
+            load_tiny(tiny_llama_folder), METHODS["prefix_projection"], base_name="x", seed=1, opening=opening
+        ).get_prompt(1)
+        for opening in (None, lambda tokens: [1] * tokens)
+    ]
+    assert torch.equal(drawn[0].layers[0].keys, drawn[1].layers[0].keys)

@@ -453,7 +453,7 @@ def _export(given: argparse.Namespace) -> None:
         lora = export.for_vllm(given.adapter, given.output)
         print(f"{lora.folder}: a LoRA adapter as vLLM takes them (checked by format; vLLM was not run); serve it with")
         print(f"  vllm serve {lora.base_model} --enable-lora --max-lora-rank {lora.max_lora_rank} \\")
-        print(f"      --lora-modules recommend={lora.folder}")
+        print(f"      --lora-modules {shlex.quote(f'recommend={lora.folder}')}")
         return
     done = export.merged(given.adapter, given.output, base_model=given.base_model, dtype=given.dtype or "float32")
     print(

@@ -198,10 +198,10 @@ class LoadedAdapter:
         """The `k` best candidates, best first.
 
         Raises:
-            DataError: `k` is below 1.
+            DataError: `k` is no whole number from 1.
         """
-        if k < 1:
-            raise DataError(f"k: {k}; expected a whole number from 1")
+        if not isinstance(k, int) or k < 1:
+            raise DataError(f"k: {k!r}; expected a whole number from 1")
         (scores,) = self.score([question])
         best = np.argsort(-scores, kind="stable")[:k]
         likely = [None] * len(best) if self.artifact.task == "rating" else chances(scores[best]).tolist()

@@ -211,8 +211,11 @@ def save(model: Any, folder: str | Path) -> None:
 
 
 def _write(state: dict[str, torch.Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode
     # The format refuses tensors that share memory or are views.
     save_file({name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, path, {"format": "pt"})
+    path.chmod(mode)  # as open as the other files: the library lets nobody else read what it writes
 
 
 def load(model: Any, folder: str | Path) -> Any:

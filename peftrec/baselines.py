@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from peftrec.errors import ModelError
 from peftrec.interactions import sorted_order
+from peftrec.metrics import chances
 
 if TYPE_CHECKING:
     from peftrec.split import Log
@@ -125,7 +126,7 @@ class Prior:
         Returns:
             Shape (c,).
         """
-        chance = _sigmoid(self._item_log_odds(history_items))
+        chance = chances(self._item_log_odds(history_items))
         gap = float(np.sum(np.asarray(history_labels, dtype=np.float64) - chance))
         variance = float(np.sum(chance * (1 - chance)))
         return _bias(self._item_log_odds(candidate_items), gap, variance, self.user_shrinkage)
@@ -347,11 +348,6 @@ def _logit(chance: Any) -> Any:
     return np.log(chance) - np.log1p(-chance)
 
 
-def _sigmoid(log_odds: Floats) -> Floats:
-    chance: Floats = 1 / (1 + np.exp(-log_odds))
-    return chance
-
-
 def _log_loss(liked: npt.NDArray[np.bool_], log_odds: Floats) -> float:
     # Bounded as they are, log-odds do not overflow, and this is many times as fast as logaddexp.
     return float(np.mean(np.log(1 + np.exp(np.where(liked, -log_odds, log_odds)))))
@@ -375,7 +371,7 @@ def platt(
     design = np.stack([predicted, np.ones_like(predicted)], axis=1)
     found = prior
     for _ in range(_NEWTON_STEPS):
-        chance = _sigmoid(np.clip(design @ found, -30, 30))
+        chance = chances(np.clip(design @ found, -30, 30))
         gradient = (chance - liked) @ design + (found - prior)
         curvature = (design * (chance * (1 - chance))[:, None]).T @ design + np.eye(2)
         found = found - np.linalg.solve(curvature, gradient)

@@ -24,6 +24,7 @@ from peftrec.card_facts import (
     FIGURES,
     Facts,
     hub_base,
+    is_hub_id,
     named_data,
     overlaid,
     packaged,
@@ -36,7 +37,7 @@ from peftrec.card_metadata import KEYS, metadata
 from peftrec.card_text import code, fenced, inert, inline, literal, pieces, replace_regions, tidy, unbroken
 from peftrec.config import Author, placeholders
 from peftrec.errors import DataError, PeftrecError
-from peftrec.record import atomic
+from peftrec.record import RUN, atomic
 from peftrec.report import compare_record
 from peftrec.schema import dump_yaml
 
@@ -79,6 +80,14 @@ def _copy_figures(drawn: Path, shown: Path) -> None:
                 shutil.copyfile(picture, shown / picture.name)
     except OSError as error:
         raise PeftrecError(f"{shown}: cannot be written ({error.strerror}); free space, or make it writable") from error
+
+
+def can_name(run: str | Path, repo_id: str) -> bool:
+    """Whether this is a finished run whose card can be written again to name its repository `namespace/name`."""
+    path = Path(run) / "adapter" / CARD
+    if not ("/" in repo_id and is_hub_id(repo_id) and (Path(run) / RUN).is_file() and path.is_file()):
+        return False
+    return "<!-- peftrec:" in path.read_text(encoding="utf-8", errors="replace")
 
 
 def card_of(run: str | Path, author: Author | None = None, *, repo_id: str | None = None) -> str:

@@ -10,13 +10,15 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
+import numpy as np
+
 from peftrec import report
 from peftrec.artifact import Artifact, Probe
 from peftrec.card_facts import File
 from peftrec.card_text import code, inline
 from peftrec.config import Recipe
 from peftrec.looks import shown
-from peftrec.metrics import HEADLINE, LOWER_IS_BETTER
+from peftrec.metrics import HEADLINE, LOWER_IS_BETTER, chances
 from peftrec.record import BASE_MODEL, BASE_MODEL_NO_PRIOR, NO_PRIOR, RunRecord
 from peftrec.report import HEADINGS, Comparison, Table, pipes
 
@@ -51,8 +53,7 @@ def meaning(about: Artifact, score: float) -> str:
     if about.task == "rating":
         low, high = about.target.scale[0], about.target.scale[-1]
         return f"{score:.2f} on the scale from {decimal(low)} to {decimal(high)}"
-    # This form neither overflows nor loses small chances.
-    chance = math.exp(-max(-score, 0) - math.log1p(math.exp(-abs(score))))
+    chance = float(chances(np.asarray(score)))
     return f"{score:+.3f} (log-odds), a chance of {chance:.0%} that the person likes it"
 
 

@@ -58,12 +58,9 @@ def read_items(source: Any, columns: Mapping[str, str] | None = None) -> pl.Data
     if isinstance(source, (str, Path)):
         where = str(source)
         frame = tables.collect(tables.scan(where), where)
-    elif isinstance(source, pl.DataFrame):
-        where, frame = "items", source
-    elif type(source).__module__.startswith("pandas"):
-        where, frame = "items", pl.from_pandas(source)
     else:
-        raise DataError(f"items: {type(source).__name__}; expected the path of a table, or a polars or pandas frame")
+        found = tables.frame_columns(source, "items", "the path of a table, or a polars or pandas frame")
+        where, frame = "items", tables.from_frame(source, "items", found)
     names = tables.match_columns(frame.columns, where, columns or {}, ["item_id"], list(columns or {}), key="columns")
     # As in training: what the caller renames takes the place of a column that has that name already.
     kept = [name for name in frame.columns if name not in names and name not in names.values()]

@@ -94,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "score", help="score a table of pairs (user, item) of any size; a killed run is continued by the same command"
     )
-    verb.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter (RUN/adapter)")
+    verb.add_argument("adapter", metavar="ADAPTER", help="a run's folder, NAMESPACE/NAME on the Hub, or file:FOLDER")
+    verb.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the Hub (default: main)")
     verb.add_argument(
         "--input",
         required=True,
@@ -157,7 +158,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.set_defaults(verb=_export)
 
-    verb = verbs.add_parser("push", help="publish a run's adapter: checked, loaded back, one commit, read back")
+    verb = verbs.add_parser(
+        "push",
+        help="publish a run's adapter: checked, loaded back, one commit, read back",
+        description="Publish a run's adapter. A finished run's card is written again first, to name the repository.",
+    )
     verb.add_argument("run", metavar="RUN", help="folder of a finished run, or of its adapter")
     verb.add_argument("repo_id", metavar="REPO_ID", help="namespace/name on the Hub, or file:FOLDER")
     seen = verb.add_mutually_exclusive_group()
@@ -385,6 +390,7 @@ def _score(given: argparse.Namespace) -> None:
         base_model=given.base_model,
         prior=not given.no_prior,
         part_rows=given.part_rows,
+        revision=given.revision,
     )
     done = scoring.score_table(job)
     if done.scored:
@@ -447,7 +453,7 @@ def _export(given: argparse.Namespace) -> None:
         lora = export.for_vllm(given.adapter, given.output)
         print(f"{lora.folder}: a LoRA adapter as vLLM takes them (checked by format; vLLM was not run); serve it with")
         print(f"  vllm serve {lora.base_model} --enable-lora --max-lora-rank {lora.max_lora_rank} \\")
-        print(f"      --lora-modules recommend={lora.folder}")
+        print(f"      --lora-modules {shlex.quote(f'recommend={lora.folder}')}")
         return
     done = export.merged(given.adapter, given.output, base_model=given.base_model, dtype=given.dtype or "float32")
     print(
@@ -465,8 +471,10 @@ def _push(given: argparse.Namespace) -> None:
         raise ConfigError("push: nobody to ask before publishing; expected a terminal; add --yes, or --dry-run")
     from functools import partial
 
-    from peftrec import hub
+    from peftrec import card, hub
 
+    if not given.dry_run and card.can_name(given.run, given.repo_id):
+        card.write(given.run, repo_id=given.repo_id)
     done = hub.push(
         given.run,
         given.repo_id,

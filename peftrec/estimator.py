@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from peftrec import tables
 from peftrec.errors import ConfigError, DataError
-from peftrec.frames import Histories, chances, frame_of, pair_scores
+from peftrec.frames import known_with, score
+from peftrec.metrics import chances
+from peftrec.pairs import SCORED, Known
 from peftrec.recommender import Recommender
 
 try:
@@ -38,7 +41,7 @@ class RecommenderClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
     Args:
         recommender: an adapter's folder, a Hub id, or a loaded `Recommender`, for which clones share the model.
         history: the log of pairs, see `frames.score_frame`.
-        new_users: score users who have no row in the log; else they are an error.
+        columns: our name -> name in the pairs, in the log or in both.
 
     Attributes:
         classes_: 0 and 1, where 1 is a like.
@@ -47,10 +50,10 @@ class RecommenderClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
     _of: Any = None  # the parameters for which `_loaded` was loaded
     _loaded: Any = None
 
-    def __init__(self, recommender: Any, history: Any = None, new_users: bool = False) -> None:
+    def __init__(self, recommender: Any, history: Any = None, columns: Any = None) -> None:
         self.recommender = recommender
         self.history = history
-        self.new_users = new_users
+        self.columns = columns
 
     @property
     def classes_(self) -> Ints:
@@ -81,14 +84,14 @@ class RecommenderClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
         Raises:
             DataError: as `predict_proba`.
         """
-        recommender, log = self._ready()
-        columns = [str(name) for name in getattr(X, "columns", ())]
-        if "candidate" in columns and "user_id" not in columns:
+        recommender, known = self._ready()
+        found = tables.frame_columns(X, "X")
+        if "candidate" in found and "user_id" not in found:
             return _questions(recommender, X)
-        pairs = frame_of(X, "X", ("user_id", "item_id"), ("timestamp",))
-        if log is None:
+        if known is None:
             raise DataError("X: pairs of users and items, but there is no log; give history=… a frame of events")
-        return pair_scores(recommender, pairs, log, new_users=self.new_users)
+        pairs = X[[name for name in X.columns if name not in SCORED]]
+        return score(recommender, pairs, known, "X")["score"].to_numpy(writable=True)
 
     def predict(self, X: Any) -> Ints:  # noqa: N803
         """1 for each item that is more likely liked than not, else 0, (n,).
@@ -98,9 +101,9 @@ class RecommenderClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
         """
         return (self.decision_function(X) > 0).astype(np.int64)
 
-    def _ready(self) -> tuple[Recommender, Histories | None]:
+    def _ready(self) -> tuple[Recommender, Known | None]:
         """The recommender and the log's events, loaded once for the parameters as they are now."""
-        given = (self.recommender, self.history)
+        given = (self.recommender, self.history, self.columns)
         if self._of is None or any(a is not b for a, b in zip(self._of, given, strict=True)):
             loaded = self.recommender
             if not isinstance(loaded, Recommender):
@@ -111,9 +114,9 @@ class RecommenderClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
                 loaded = Recommender.from_pretrained(loaded)
             if loaded.artifact.task == "rating":
                 raise DataError("recommender: this adapter predicts ratings, which are no classes; use score_frame")
-            log = None if self.history is None else Histories(loaded, self.history)
-            self._of, self._loaded = given, (loaded, log)
-        ready: tuple[Recommender, Histories | None] = self._loaded
+            known = None if self.history is None else known_with(loaded, self.history, self.columns)
+            self._of, self._loaded = given, (loaded, known)
+        ready: tuple[Recommender, Known | None] = self._loaded
         return ready
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -129,7 +132,9 @@ class RecommenderClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
 
 def _questions(recommender: Recommender, frame: Any) -> Floats:
     """Rows that bring their own history; neighbours with the same one are asked together."""
-    frame_of(frame, "X", ("history", "candidate"))
+    if "history" not in frame.columns:
+        found = ", ".join(map(str, frame.columns))
+        raise DataError(f"X: no column 'history' (found {found}); expected each question's own events; add it")
     past, asked = list(frame["history"]), list(frame["candidate"])
     past = [
         one.tolist() if hasattr(one, "tolist") else one.to_list() if hasattr(one, "to_list") else one for one in past

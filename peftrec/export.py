@@ -128,6 +128,8 @@ def merged(
             model.config.label2id = {name: place for place, name in enumerate(names)}
         model.to(backbone.DTYPES[dtype]).save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):  # which only their owner may read otherwise
+            weights.chmod((folder / "config.json").stat().st_mode)
         _copy(adapter, folder, (artifact.FILE, artifact.PRIOR_FILE))
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return Merged(Path(output), size, difference)

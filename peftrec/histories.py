@@ -123,14 +123,16 @@ class Histories:
     def before(self, user_ids: pl.Series, seconds: Codes | None) -> tuple[Codes, Codes]:
         """Which events came before a moment: first one and one past the last, (n,) each; equal where there are none.
 
+        They are -1 for whom the log does not know.
+
         Args:
             user_ids: whose, (n,), as `tables.parse_ids` gives them.
             seconds: strictly before when, (n,); None is everything that is in the log.
         """
         user = _among_sorted(user_ids, self.users)
         known = user >= 0
-        first = np.where(known, self.begin[user], 0)
-        last = np.where(known, self.begin[user + 1], 0)
+        first = np.where(known, self.begin[user], -1)
+        last = np.where(known, self.begin[user + 1], -1)
         if seconds is not None and self.timestamp is not None:
             for row in np.flatnonzero(known).tolist():
                 own = self.timestamp[first[row] : last[row]]
@@ -170,11 +172,8 @@ def _among_sorted(ids: pl.Series, known: pl.Series) -> Codes:
 def _table(source: Any) -> tuple[str, pl.LazyFrame]:
     if isinstance(source, (str, Path)):
         return str(source), tables.scan(str(source))
-    if isinstance(source, pl.DataFrame):
-        return "history", source.lazy()
-    if type(source).__module__.startswith("pandas"):
-        return "history", pl.from_pandas(source).lazy()
-    raise DataError(f"history: {type(source).__name__}; expected the path of a table, or a polars or pandas frame")
+    found = tables.frame_columns(source, "history", "the path of a table, or a polars or pandas frame")
+    return "history", tables.from_frame(source, "history", found).lazy()
 
 
 def _names(found: list[str], where: str, about: artifact.Artifact, columns: Mapping[str, str]) -> dict[str, str]:

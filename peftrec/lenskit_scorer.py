@@ -9,8 +9,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 
 from peftrec.errors import ConfigError, DataError
+from peftrec.histories import Codes, places
+from peftrec.pairs import items_of
 from peftrec.recommender import Recommender
 
 try:
@@ -56,7 +59,7 @@ class RecommenderScorer(Component[ItemList], Trainable):  # type: ignore[misc]
             PeftrecError: the adapter cannot be loaded, or its items table has none of the data's items.
         """
         ids = data.items.ids()
-        if len(ids) and not any(str(item_id) in self._known for item_id in ids.tolist()):
+        if len(ids) and (self._rows(ids) < 0).all():
             raise DataError(
                 f"items: none of the {len(ids)} ids of LensKit's data (such as {ids[0]}) is in the items table of "
                 f"{self.config.adapter}; expected the same ids: give items=FILE"
@@ -66,15 +69,14 @@ class RecommenderScorer(Component[ItemList], Trainable):  # type: ignore[misc]
         """The items with a score each.
 
         Raises:
-            PeftrecError: the adapter cannot be loaded, or the history has no ratings.
+            PeftrecError: the adapter cannot be loaded or has no items table, or the history has no ratings.
         """
-        recommender = self.recommender
-        ids = [_plain(item_id) for item_id in items.ids()]
-        scored = [place for place, item_id in enumerate(ids) if str(item_id) in self._known]
-        scores = np.full(len(ids), np.nan)
-        if scored:
-            asked = [{"item_id": ids[place]} for place in scored]
-            scores[scored] = recommender.score(self._history(RecQuery.create(query)), asked)
+        rows = self._rows(items.ids())
+        scored = rows >= 0
+        scores = np.full(len(rows), np.nan)
+        if scored.any():
+            asked = self._ids.gather(rows[scored]).to_list()
+            scores[scored] = self.recommender.score(self._history(RecQuery.create(query)), asked)
         return ItemList(items, scores=scores)
 
     @property
@@ -82,19 +84,20 @@ class RecommenderScorer(Component[ItemList], Trainable):  # type: ignore[misc]
         """The adapter, loaded when it is first needed.
 
         Raises:
-            PeftrecError: it cannot be loaded, or has no items table.
+            PeftrecError: it cannot be loaded.
         """
         if not hasattr(self, "_loaded"):
             wanted = self.config.model_dump(exclude={"adapter", "unrated"})
-            loaded = Recommender.from_pretrained(self.config.adapter, **wanted)
-            if loaded.catalogue.items is None:
-                raise DataError(f"items: {self.config.adapter} comes with no items table; give items=FILE")
-            self._loaded, self._ids = loaded, {str(one) for one in loaded.catalogue.items["item_id"].to_list()}
+            self._loaded = Recommender.from_pretrained(self.config.adapter, **wanted)
         return self._loaded
 
     @property
-    def _known(self) -> set[str]:
-        return self._ids if hasattr(self, "_ids") else (self.recommender, self._ids)[1]
+    def _ids(self) -> pl.Series:
+        return items_of(self.recommender, self.config.adapter)["item_id"]
+
+    def _rows(self, ids: Any) -> Codes:
+        """Rows of the items table, -1 for items that it lacks, (n,)."""
+        return places(pl.Series(ids.tolist()), self._ids)
 
     def _history(self, query: RecQuery) -> list[dict[str, Any]]:
         past = query.history_items
@@ -106,18 +109,15 @@ class RecommenderScorer(Component[ItemList], Trainable):  # type: ignore[misc]
                 "history: no ratings in LensKit's data; expected what each person answered: add them, or set "
                 "unrated='yes' where an event is a like"
             )
+        rows = self._rows(ids)
         order = range(len(ids)) if times is None else np.argsort(times, kind="stable").tolist()
         answers = (
             [{"label": int(self.config.unrated == "yes")}] * len(ids)
             if ratings is None
             else [{"rating": float(one)} for one in ratings]
         )
-        return [{"item_id": _plain(ids[at])} | answers[at] for at in order if str(ids[at]) in self._known]
+        return [{"item_id": self._ids[int(rows[at])]} | answers[at] for at in order if rows[at] >= 0]
 
     def __getstate__(self) -> dict[str, Any]:
         # Each of LensKit's worker processes loads the adapter for itself.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_loaded", "_ids")}
-
-
-def _plain(item_id: Any) -> Any:
-    return item_id.item() if isinstance(item_id, np.generic) else item_id
+        return {name: value for name, value in self.__dict__.items() if name != "_loaded"}

@@ -15,6 +15,7 @@ from peftrec import artifact, backbone, config, scorer, virtual_tokens
 from peftrec.catalogue import Catalogue, Item, read_history, read_ratings
 from peftrec.encode import max_user_tokens, new_codec, prompt_windows, record_ids, templated_ids
 from peftrec.errors import DataError, ModelError
+from peftrec.metrics import chances
 from peftrec.opponents import SavedPrior
 from peftrec.prompts import ANSWER_MARK, Codec, Pieces, user_texts, with_user
 from peftrec.rating_baselines import RatingPrior
@@ -191,23 +192,23 @@ class LoadedAdapter:
         """
         if self.artifact.task == "rating":
             raise DataError("probability: this adapter predicts ratings; use score")
-        return _sigmoid(self.score([question])[0])
+        return chances(self.score([question])[0])
 
     def rank(self, question: Question, k: int) -> list[Recommendation]:
         """The `k` best candidates, best first.
 
         Raises:
-            DataError: `k` is below 1.
+            DataError: `k` is no whole number from 1.
         """
-        if k < 1:
-            raise DataError(f"k: {k}; expected a whole number from 1")
+        if not isinstance(k, int) or k < 1:
+            raise DataError(f"k: {k!r}; expected a whole number from 1")
         (scores,) = self.score([question])
         best = np.argsort(-scores, kind="stable")[:k]
-        chances = [None] * len(best) if self.artifact.task == "rating" else _sigmoid(scores[best]).tolist()
+        likely = [None] * len(best) if self.artifact.task == "rating" else chances(scores[best]).tolist()
         found = [question.candidates[i] for i in best]
         return [
             Recommendation(item.given, item.item_id, item.text, score, chance)
-            for item, score, chance in zip(found, scores[best].tolist(), chances, strict=True)
+            for item, score, chance in zip(found, scores[best].tolist(), likely, strict=True)
         ]
 
     def probe_scores(self) -> Floats:
@@ -319,9 +320,3 @@ def _prior_id(item: Item) -> Any:
 def _as_read(text: str) -> Item:
     """The item of a text that is word for word what the model reads."""
     return Item(text, None, None, text)
-
-
-def _sigmoid(log_odds: Floats) -> Floats:
-    # This form neither overflows nor loses small chances.
-    chance: Floats = np.exp(-np.logaddexp(0, -log_odds))
-    return chance

@@ -22,7 +22,6 @@ from peftrec.errors import ConfigError, HubError, ModelError
 from peftrec.loaded_adapter import LoadedAdapter, target_of
 from peftrec.schema import read_yaml
 
-FOLDER_TARGET = "file:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -49,10 +48,10 @@ def find(
     """
     name = str(adapter)
     folder = Path(name).expanduser()
-    local = name.startswith(FOLDER_TARGET) or folder.is_dir() or not HUB_ID.fullmatch(name)
+    local = name.startswith(config.FILE_TARGET) or folder.is_dir() or not HUB_ID.fullmatch(name)
     if local and revision is not None:
         raise ModelError(f"{name}: revision {revision}; a folder has no revisions; leave it out, or name a Hub id")
-    if name.startswith(FOLDER_TARGET):
+    if name.startswith(config.FILE_TARGET):
         return hub.pull(name)
     if local:
         inner = folder / "adapter"

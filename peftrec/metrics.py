@@ -155,7 +155,7 @@ class ClickRows:
         ranking = Ranking.of(label_, score_)
         sums = _ranked({"uauc": user_auc(label_, score_, users, n_users)})
         if not ranking_only:
-            predicted, chance = score_ >= 0, _sigmoid(score_)
+            predicted, chance = score_ >= 0, chances(score_)
             per_row = {
                 "rows": np.ones(len(users)),
                 "loss": _losses(label_, score_),
@@ -297,7 +297,8 @@ def _losses(label: Floats, score: Floats) -> Floats:
     return losses
 
 
-def _sigmoid(score: Floats) -> Floats:
-    small = np.exp(-np.abs(score))
-    chance: Floats = np.where(score >= 0, 1, small) / (1 + small)
+def chances(log_odds: Floats) -> Floats:
+    """Chances of a like by their log-odds, in the same shape; large ones do not overflow, small ones are not lost."""
+    small = np.exp(-np.abs(log_odds))
+    chance: Floats = np.where(log_odds >= 0, 1, small) / (1 + small)
     return chance

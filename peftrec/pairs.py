@@ -7,7 +7,7 @@ score_pairs(recommender, pairs, histories)  # pairs: user_id, item_id and, if ea
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from peftrec.catalogue import read_items
 from peftrec.datasets import DATASETS
 from peftrec.errors import DataError
 from peftrec.histories import COLUMNS, Histories, places
+from peftrec.metrics import chances
 
 if TYPE_CHECKING:
     from peftrec.recommender import Recommender
@@ -74,16 +75,35 @@ class Known:
         of_items = {ours: theirs for ours, theirs in columns.items() if ours == "item_id" or ours not in COLUMNS}
         of_events = {ours: theirs for ours, theirs in columns.items() if ours in COLUMNS}
         table, used = _items(items, of_items, about, adapter)
-        histories = Histories.none()
-        if history is not None:
-            present = _present(history, of_events)
-            histories, used = Histories.read(history, about, table, present), used | present.keys()
+        known = cls.of(about, table, history, of_events)
         if nowhere := [ours for ours in of_items if ours != "item_id" and ours not in used]:
             raise DataError(
                 f"columns.{nowhere[0]}: no column '{of_items[nowhere[0]]}' in the items table; expected one of its "
                 "columns; leave it out or name another"
             )
-        return cls(about, table, histories, of_events, frozenset(of_events.keys() - used))
+        return replace(known, must=known.must - used)
+
+    @classmethod
+    def of(
+        cls, about: artifact.Artifact, items: pl.DataFrame, history: Any, columns: Mapping[str, str] | None
+    ) -> Known:
+        """The same beside an items table that is read already.
+
+        Args:
+            about: the adapter's `peftrec.json`.
+            items: the items table.
+            history: the log, see `Histories.read`; None is nobody's history.
+            columns: our name -> name in the log, in the pairs or in both.
+
+        Raises:
+            DataError: the log cannot be used.
+        """
+        columns = dict(columns or {})
+        if history is None:
+            return cls(about, items, Histories.none(), columns, frozenset(columns))
+        present = _present(history, columns)
+        histories = Histories.read(history, about, items, present)
+        return cls(about, items, histories, columns, frozenset(columns.keys() - present.keys()))
 
     def names(self, found: list[str], where: str) -> dict[str, str]:
         """Our column name -> name in a table of pairs, which has the columns `found`.
@@ -126,7 +146,10 @@ class Known:
 
 @dataclass(frozen=True)
 class Asked:
-    """Pairs as codes: the item's row in the items table, and which of the log's events its history is, (n,) each."""
+    """Pairs as codes: the item's row in the items table, and which of the log's events its history is, (n,) each.
+
+    Where the log does not know the user, `first` and `last` are -1.
+    """
 
     item: npt.NDArray[np.int64]
     first: npt.NDArray[np.int64]
@@ -172,20 +195,33 @@ def score_pairs(
     Raises:
         DataError: a column is missing, an id or a time cannot be read, or an item is not in the items table.
     """
-    items = recommender.catalogue.items
-    if items is None:
-        raise DataError(f"{where}: item ids, but there is no items table; load the recommender with items=…")
     renamed = dict(columns or {})
-    asked = Known(recommender.artifact, items, histories, renamed, frozenset(renamed)).asked(pairs, where)
-    item_ids = items["item_id"]
-    scores = np.zeros(len(pairs))
+    known = Known(recommender.artifact, items_of(recommender, where), histories, renamed, frozenset(renamed))
+    return score_asked(recommender, known.asked(pairs, where), histories)
+
+
+def items_of(recommender: Recommender, where: str) -> pl.DataFrame:
+    """The items table of a loaded recommender.
+
+    Raises:
+        DataError: there is none.
+    """
+    if recommender.catalogue.items is None:
+        raise DataError(f"{where}: item ids, but there is no items table; load the recommender with items=…")
+    return recommender.catalogue.items
+
+
+def score_asked(recommender: Recommender, asked: Asked, histories: Histories) -> pl.DataFrame:
+    """What `score_pairs` gives, by the pairs' codes."""
+    item_ids = items_of(recommender, "pairs")["item_id"]
+    scores = np.zeros(len(asked.item))
     with scorer.continued_histories():
         for first, last, rows in asked.groups():
             history = histories.entries(first, last)
             scores[rows] = recommender.score(history, item_ids.gather(asked.item[rows]).to_list())
     scored = {"score": scores}
     if recommender.artifact.task == "click":
-        scored["probability"] = np.exp(-np.logaddexp(0, -scores))
+        scored["probability"] = chances(scores)
     return pl.DataFrame(scored)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from peftrec import backbone
+from peftrec import backbone, loading
 from peftrec.errors import DataError
 from peftrec.pairs import Known, score_pairs
 from peftrec.recommender import Recommender
@@ -30,16 +30,17 @@ class PairScorer:
     must lead to the same files on every node.
 
     Args:
-        adapter: folder of a saved adapter.
+        adapter: see `Recommender.from_pretrained`.
         history: the log, see `histories.Histories.read`; None is nobody's history.
         items: the items table; None is that of the adapter's named data set.
         columns: our name -> name in the pairs and in these tables.
         base_model: see `Recommender.from_pretrained`.
         prior: whether the saved prior is added.
         device: as in torch; None is the GPU if there is one.
+        revision: of the adapter on the Hub; None is main.
 
     Raises:
-        ModelError, DataError: what is named cannot be used.
+        HubError, ModelError, DataError: what is named cannot be used.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class PairScorer:
         base_model: str | None = None,
         prior: bool = True,
         device: str | None = None,
+        revision: str | None = None,
     ) -> None:
         backbone.quiet()
+        adapter = str(loading.find(adapter, revision))
         self.known = Known.read(adapter, history=history, items=items, columns=columns)
         self.recommender = Recommender.from_pretrained(
             adapter, items=self.known.items, base_model=base_model, prior=prior, device=device

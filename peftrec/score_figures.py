@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from peftrec.interactions import Task
 from peftrec.looks import FLAT, look, shown
-from peftrec.metrics import ECE_BINS, bins, nearest
+from peftrec.metrics import ECE_BINS, bins, chances, nearest
 from peftrec.ranking import auc
 
 Array = npt.NDArray[Any]
@@ -69,7 +69,7 @@ def calibration(
     for place, (name, score) in enumerate(scores.items()):
         predicted = np.asarray(score, dtype=np.float64)
         if task == "click":
-            predicted = np.exp(-np.logaddexp(0, -predicted))
+            predicted = chances(predicted)
         binned = bins((predicted - low) / width)
         rows = np.bincount(binned, minlength=ECE_BINS)
         error = np.abs(np.bincount(binned, predicted - truth)).sum() / len(truth)

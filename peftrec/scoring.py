@@ -13,7 +13,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from peftrec import artifact, backbone, file_checks, processes, tables
+from peftrec import artifact, backbone, file_checks, loading, processes, tables
 from peftrec.errors import DataError, PeftrecError
 from peftrec.folders import sha256
 from peftrec.pairs import Known, score_pairs
@@ -45,7 +45,7 @@ class Job:
     """What to score with what; paths as the command line has them.
 
     Attributes:
-        adapter: folder of a saved adapter.
+        adapter: see `Recommender.from_pretrained`.
         input: pairs, a Parquet, CSV or JSONL file; `user_id`, `item_id`, maybe `timestamp`, and what else is kept.
         output: folder of the scores, new or that of the same job.
         history: the log, see `histories.Histories.read`; None is nobody's history.
@@ -54,6 +54,7 @@ class Job:
         base_model: see `Recommender.from_pretrained`.
         prior: whether the saved prior is added.
         part_rows: rows of a part; a history is read once for all pairs of its user in a part.
+        revision: of the adapter on the Hub; None is main.
     """
 
     adapter: str
@@ -65,6 +66,11 @@ class Job:
     base_model: str | None = None
     prior: bool = True
     part_rows: int = PART_ROWS
+    revision: str | None = None
+
+    def found(self) -> Job:
+        """The same with the adapter's folder; see `loading.find` for what it raises."""
+        return replace(self, adapter=str(loading.find(self.adapter, self.revision)), revision=None)
 
     def known(self) -> Known:
         """The tables beside the pairs; see `Known.read` for what it raises."""
@@ -98,7 +104,7 @@ def score_table(job: Job, say: Callable[[str], object] = print) -> Progress:
         say: called with each line that people may want to read, by the main process.
 
     Raises:
-        ConfigError, DataError, ModelError: what the job names cannot be used.
+        ConfigError, DataError, HubError, ModelError: what the job names cannot be used.
         PeftrecError: the output holds other things, or another job's scores; or it cannot be written.
         SystemExit: in the other processes, where the main one raises.
     """
@@ -110,13 +116,15 @@ def score_table(job: Job, say: Callable[[str], object] = print) -> Progress:
     lock = FileLock(folder / LOCK, timeout=0)
     read: list[Known] = []  # by the main process while it looks
 
-    def look() -> tuple[int, list[int]]:
-        _check(job)
-        read.append(job.known())
-        return _begin(job, folder, lock, read[0], say)
+    def look() -> tuple[Job, int, list[int]]:
+        found = job.found()  # once, since a branch of the Hub may move on
+        _check(found)
+        read.append(found.known())
+        return found, *_begin(found, folder, lock, read[0], say)
 
     try:
-        rows, missing = _of_main(state, look)
+        found, rows, missing = _of_main(state, look)
+        job = found if Path(found.adapter).is_dir() else job.found()  # on another machine the Hub's cache is another
         mine = missing[state.process_index :: state.num_processes]
         known = read[0] if read else job.known() if mine else None
         scored, begin = 0, time.monotonic()

@@ -94,8 +94,7 @@ def write(
         raise ConfigError("revision: no repo_id; expected the adapter on the Hub of which this is a revision; add it")
     if repo_id and not is_hub_id(repo_id):
         raise ConfigError(f"repo_id: {repo_id!r}; expected namespace/name; correct it")
-    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target}: not an empty folder; choose another, or overwrite what is ours in it (overwrite)")
+    _check_target(target, Path(run), overwrite)
     if base_model and not is_hub_id(base_model):
         raise ConfigError(f"base_model: {base_model!r}; expected a Hub id, which others can load; name it by that")
     base = _base(facts, base_model)
@@ -248,6 +247,23 @@ def _license(adapter: Path) -> str | None:
     except (ValueError, TypeError, KeyError, AttributeError):  # hub.check_card says what is wrong with it
         return None
     return found if isinstance(found, str) else None
+
+
+def _check_target(target: Path, run: Path, overwrite: bool) -> None:
+    """Refuse to write where files of the same names may be somebody's own, such as the run's adapter.
+
+    Raises:
+        ConfigError: says why.
+    """
+    place = target.resolve()
+    if any(kept.resolve().is_relative_to(place) for kept in (run, run / ADAPTER)):
+        raise ConfigError(f"{target}: holds the run itself; choose another folder")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / SETTINGS).is_file():
+        raise ConfigError(f"{target}: not an empty folder, and none that was written here before; choose another")
+    if not overwrite:
+        raise ConfigError(f"{target}: not an empty folder; choose another, or overwrite what is ours in it (overwrite)")
 
 
 def _put(new: Path, target: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -166,6 +167,32 @@ def pieces(
                 yield number, frame
     except (pl.exceptions.PolarsError, OSError) as error:
         raise unreadable(source, error) from error
+
+
+def frame_columns(frame: Any, where: str, expected: str = "a polars or pandas DataFrame") -> list[str]:
+    """Names of the columns of somebody's frame.
+
+    Raises:
+        DataError: If it is none.
+    """
+    if isinstance(frame, pl.DataFrame) or (type(frame).__module__.startswith("pandas") and hasattr(frame, "columns")):
+        return [str(name) for name in frame.columns]
+    todo = "; collect() it" if isinstance(frame, pl.LazyFrame) else ""
+    raise DataError(f"{where}: {type(frame).__name__}; expected {expected}{todo}")
+
+
+def from_frame(frame: Any, where: str, columns: Sequence[str]) -> pl.DataFrame:
+    """These columns of a polars or pandas frame.
+
+    Raises:
+        DataError: If polars cannot hold them.
+    """
+    try:
+        if isinstance(frame, pl.DataFrame):
+            return frame.select(columns)
+        return pl.from_pandas(frame[[name for name in frame.columns if str(name) in columns]])
+    except (ValueError, TypeError, ImportError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"{where}: cannot be read ({first_line(error)}); expected plain columns") from error
 
 
 def column_names(table: pl.LazyFrame, where: str) -> list[str]:

@@ -47,6 +47,7 @@ def test_its_chances_are_the_recommenders(classifier: RecommenderClassifier, rec
     assert classifier.predict(PAIRS).tolist() == (expected["score"] > 0).astype(int).tolist()
     assert 0 < classifier.predict(PAIRS).sum() < 4, "one class alone proves nothing"
     assert classifier.classes_.tolist() == [0, 1]
+    assert classifier.predict(expected).tolist() == classifier.predict(PAIRS).tolist(), "scores are no hindrance"
 
 
 def test_questions_bring_their_own_history(classifier: RecommenderClassifier, recommender: Recommender) -> None:
@@ -74,14 +75,14 @@ def test_sklearns_tools_take_it(classifier: RecommenderClassifier) -> None:
 def test_clones_share_the_model(classifier: RecommenderClassifier, recommender: Recommender) -> None:
     copy = clone(classifier)
     assert copy is not classifier
-    assert copy.get_params() == {"recommender": recommender, "history": LOG, "new_users": False}
+    assert copy.get_params() == {"recommender": recommender, "history": LOG, "columns": None}
     assert copy.recommender is recommender
-    assert copy.set_params(new_users=True).fit(PAIRS, LIKED) is copy
-    assert not classifier.new_users
-    other = PAIRS.assign(user_id="cleo")
-    assert len(copy.predict(other)) == 4
-    with pytest.raises(DataError, match="pairs: 1 users have no row in the log"):
-        classifier.predict(other)
+    assert copy.set_params(columns={"user_id": "who"}).fit(PAIRS, LIKED) is copy
+    assert classifier.columns is None
+    renamed = PAIRS.rename(columns={"user_id": "who"})
+    assert copy.predict(renamed).tolist() == classifier.predict(PAIRS).tolist()
+    with pytest.warns(UserWarning, match=r"X: 1 users have no events in the log \(such as 'cleo'\)"):
+        assert len(classifier.predict(PAIRS.assign(user_id="cleo"))) == 4
 
 
 def test_new_parameters_are_used(classifier: RecommenderClassifier) -> None:

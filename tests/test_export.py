@@ -82,6 +82,7 @@ def test_merging_keeps_the_scores(tiny_llama_folder: Path, tmp_path: Path, metho
     assert np.std(expected) > 0.01, "scores that are all equal prove nothing"
     if method == "lora":
         np.testing.assert_allclose(plain_scores(done.folder), expected, atol=1e-4)
+        assert len({path.stat().st_mode for path in done.folder.iterdir()}) == 1  # a server of another user reads all
     # Once with nothing else loaded is enough: the others here.
     about = artifact.read(done.folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(done.folder, dtype=torch.float32).eval()

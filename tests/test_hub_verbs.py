@@ -15,8 +15,9 @@ import pytest
 from hub_helpers import ABOUT, CARD, REPO, contents_of, send, write_adapter
 from hub_server import OTHER, WRITE, HubServer
 from huggingface_hub import HfApi
+from test_card import finished
 
-from peftrec import artifact, cli, hub, hub_push
+from peftrec import artifact, card, cli, hub, hub_push
 from peftrec.errors import HubError
 
 HASHED = ("adapter_model.safetensors", "peftrec.json")
@@ -148,6 +149,40 @@ def test_push_without_questions(server: HubServer, adapter: Path, run: Callable[
     code, _, err = run("push", adapter, "me/new", "--yes", "--allow", "ann@uni.edu", token="hub_wrong")
     assert (code, err.count("\n")) == (2, 1)
     assert "the Hub does not know who asks (HTTP 401); log in" in err
+
+
+def test_a_pushed_card_names_its_repository(
+    server: HubServer, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    mine = finished(tmp_path, {"license": "mit"})
+    write_adapter(tmp_path / "whole")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"):
+        shutil.copyfile(tmp_path / "whole" / name, mine / "adapter" / name)
+    shutil.rmtree(mine / "figures")
+    page = card.write(mine)
+    page.write_text(page.read_text() + "\nI like films.\n")
+    before = page.read_text()
+    assert REPO not in before
+    for words in ((REPO, "--dry-run"), (f"file:{tmp_path / 'site'}", "--yes")):
+        code, _, err = run("push", mine, *words)
+        assert code == 0, err
+        assert page.read_text() == before, words
+    assert run("push", mine, REPO, "--yes")[0] == 0
+    sent = server.files(REPO)["README.md"].decode()
+    assert sent == page.read_text() == card.card_of(mine, repo_id=REPO)
+    assert f'from_pretrained("{REPO}")' in sent
+    assert sent.endswith("\nI like films.\n")
+    code, out, _ = run("push", mine, REPO, "--yes")
+    assert (code, "everything was there already" in out) == (0, True)
+
+
+def test_a_card_of_somebody_else_is_pushed_as_it_is(
+    server: HubServer, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    mine = write_adapter(tmp_path / "adapter").parent
+    (mine / "run.json").write_text("{}")
+    assert run("push", mine, REPO, "--yes")[0] == 0
+    assert server.files(REPO) == contents_of(mine / "adapter")
 
 
 def test_pull_prints_the_folder(

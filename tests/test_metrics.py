@@ -23,6 +23,11 @@ def sample(n: int, n_users: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray,
     return (rng.random(n) < 1 / (1 + np.exp(-score))).astype(np.int8), score, rng.integers(0, n_users, n)
 
 
+def test_chances_neither_overflow_nor_get_lost() -> None:
+    found = metrics.chances(np.array([-800.0, -40.0, np.log(1 / 3), 0.0, 40.0, 800.0]))
+    np.testing.assert_allclose(found, [0, np.exp(-40), 0.25, 0.5, 1, 1], rtol=1e-12)
+
+
 def test_click_metrics_by_hand():
     label, chance = np.array([1, 1, 0, 0]), np.array([0.9, 0.3, 0.6, 0.2])
     found = metrics.click_metrics(label, np.log(chance / (1 - chance)), [0, 0, 1, 1])

@@ -174,6 +174,28 @@ def test_a_pair_is_asked_with_what_came_before(recommender: Recommender, log: Hi
     assert found[3] == pytest.approx(found[5], abs=1e-4)
 
 
+rows = st.tuples(st.integers(0, 3), st.sampled_from([10, 11, 12, 13, 14]), st.integers(0, 6))
+
+
+@settings(max_examples=60)
+@given(events=st.sets(rows, min_size=1, max_size=20), asked=st.lists(rows, min_size=1, max_size=12))
+def test_every_pair_sees_all_events_before_it_and_no_others(
+    recommender: Recommender, events: set[tuple[int, int, int]], asked: list[tuple[int, int, int]]
+) -> None:
+    names = ["user_id", "item_id", "timestamp"]
+    log = log_of(recommender, pl.DataFrame(sorted(events, key=hash), names, orient="row").with_columns(label=1))
+    seen: list[tuple[list[int], int]] = []
+
+    def score(history: list[tuple[int, int]], candidates: list[int]) -> Any:
+        seen.extend((sorted(item for item, _ in history), one) for one in candidates)
+        return np.arange(len(seen) - len(candidates), len(seen))
+
+    telling: Any = SimpleNamespace(artifact=recommender.artifact, catalogue=recommender.catalogue, score=score)
+    found = score_pairs(telling, pl.DataFrame(asked, names, orient="row"), log)["score"]
+    expected = [(sorted(i for u, i, t in events if u == user and t < time), item) for user, item, time in asked]
+    assert [seen[int(number)] for number in found] == expected
+
+
 def test_nothing_at_or_after_the_time_is_read(recommender: Recommender, log: Histories) -> None:
     pairs = pairs_of(("a", 14, 20), ("a", 11, 11), ("b", 14, 6))
     later = LOG.with_columns(label=pl.when(pl.col("timestamp") >= 20).then(1 - pl.col("label")).otherwise("label"))

@@ -444,8 +444,9 @@ def test_rank(recommender: Recommender) -> None:
 def test_ranking_needs_something_to_rank(load: Callable[..., Recommender], recommender: Recommender) -> None:
     with pytest.raises(DataError, match="candidates: none given, and there is no items table"):
         load(items=None).rank([])
-    with pytest.raises(DataError, match="k: 0; expected a whole number from 1"):
-        recommender.rank([], k=0)
+    for k, shown in ((0, "0"), ("3", "'3'"), (1.5, "1.5")):
+        with pytest.raises(DataError, match=f"k: {shown}; expected a whole number from 1"):
+            recommender.rank([], k=k)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="expected a list; put it in a list"):
         recommender.score([], "Heat")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import numpy as np
 import polars as pl
 import pytest
 from filelock import FileLock
+from hub_helpers import contents_of
+from hub_server import READ, HubServer
 from test_recommender import FILMS, save_adapter
 
 from peftrec import cli, scoring
@@ -305,6 +308,34 @@ def test_the_same_job_from_another_place(place: Place, whole: Path, tmp_path: Pa
     code, out, _ = run(capsys, place.command(whole, input=tmp_path / "moved.parquet"))
     assert code == 0
     assert "complete, 50 rows" in out
+
+
+@pytest.mark.parametrize("kind", ["run", "file", "Hub"])
+def test_an_adapter_by_another_name(
+    place: Place, whole: Path, server: HubServer, tmp_path: Path, capsys: Any, monkeypatch: Any, kind: str
+) -> None:
+    """It is looked for once, what it is called makes no other job, and another revision does."""
+    monkeypatch.setenv("HF_TOKEN", READ)
+    run_folder, more, asked = tmp_path / "run", [], 0
+    named: str | Path = run_folder if kind == "run" else f"file:{place.adapter}"
+    shutil.copytree(place.adapter, run_folder / "adapter")
+    if kind == "Hub":
+        named, more, asked = "me/films", ["--revision", "v1"], 2  # model_info and snapshot_download
+        commit = server.put(named, contents_of(place.adapter), private=True)
+        server.repos[named].tags["v1"] = commit
+        server.put(named, contents_of(save_adapter(place.base, tmp_path / "other", seed=5)))
+    output = tmp_path / "scores"
+    code, out, err = run(capsys, place.command(output, adapter=named) + more)
+    assert (code, err) == (0, ""), out
+    assert parts(output) == parts(whole)
+    assert manifest(output) == manifest(whole)
+    assert sum("/revision/v1" in line for line in server.log) == asked
+    if kind == "Hub":
+        said = refused(capsys, place.command(output, adapter=named))
+        assert "scores of another job, whose adapter differed" in said
+    else:
+        said = refused(capsys, [*place.command(output, adapter=named), "--revision", "v1"])
+        assert "revision v1; a folder has no revisions; leave it out" in said
 
 
 def test_two_at_once(place: Place, tmp_path: Path, capsys: Any) -> None:

@@ -258,6 +258,18 @@ def test_a_folder_is_written_over_on_demand_and_keeps_what_is_not_ours(run: Path
     assert "edited" not in (target / "app.py").read_text()
 
 
+def test_what_was_not_written_here_is_never_written_over(run: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    for target in (run, run / "adapter", run.parent):
+        with pytest.raises(ConfigError, match=r"holds the run itself; choose another folder"):
+            space.write(run, target, base_model="me/tiny", repo_id="me/films", overwrite=True)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match="none that was written here before; choose another"):
+        space.write(run, tmp_path, base_model="me/tiny", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
 def test_the_documented_commands_publish_it(run: Path, tmp_path: Path) -> None:
     folder = space.write(run, tmp_path / "films-space", base_model="me/tiny").folder
     page = (ROOT / "docs" / "plug-in" / "space.md").read_text()

@@ -543,6 +543,25 @@ def test_an_interrupted_write_leaves_the_old_folder(
     assert contents_of(target) == contents_of(changed)
 
 
+def test_ctrl_c_between_two_renames(
+    adapter: Path, changed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "films"
+    send(adapter, f"file:{target}")
+    rename = Path.rename
+
+    def interrupted(self: Path, to: Path) -> Path:
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    monkeypatch.setattr("peftrec.folders._exchange", lambda new, target: False)
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        send(changed, f"file:{target}")
+    assert contents_of(target) == contents_of(adapter)
+
+
 def test_a_folder_with_other_things_is_not_replaced(adapter: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()

@@ -491,6 +491,7 @@ def test_what_git_keeps_in_a_folder_stays(
     (target / ".gitignore").symlink_to(".git/info/exclude")
     (target / ".cache" / "huggingface").mkdir(parents=True)
     (target / ".cache" / "huggingface" / "x.lock").write_text("kept")
+    (target / ".cache" / "old").symlink_to("nowhere")
     subprocess.run([*git, "add", "-A"], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
     assert send(changed, f"file:{target}", dry_run=True).difference.deleted == {}
@@ -501,6 +502,7 @@ def test_what_git_keeps_in_a_folder_stays(
     differing = {path for path, content in contents_of(adapter).items() if contents_of(changed)[path] != content}
     assert set(listed.split()) == differing
     subprocess.run([*git, "fsck", "--strict"], check=True, capture_output=True)
+    assert (target / ".cache" / "old").readlink() == Path("nowhere")
     assert (target / ".gitignore").readlink() == Path(".git/info/exclude")
     assert (target / ".gitattributes").read_text() == "*.safetensors -text\n"
     assert (target / ".cache" / "huggingface" / "x.lock").read_text() == "kept"

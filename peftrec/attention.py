@@ -44,6 +44,7 @@ def block_attention(
     if groups > 1:
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    attention_mask = attention_mask.to(query.dtype)
     past = key.shape[2] - query.shape[2]
     out = []
     for begin in range(0, query.shape[2], QUERY_BLOCK):

@@ -40,24 +40,21 @@ def block_attention(
     Returns:
         (B, Q, heads, D), and no weights.
     """
-    batch, heads, length, size = query.shape
-    key_heads, total = key.shape[1:3]
-    groups = heads // key_heads
-    query = query * (size**-0.5 if scaling is None else scaling)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     attention_mask = attention_mask.to(query.dtype)
-    key = key.reshape(batch * key_heads, total, size).transpose(-1, -2)
-    value = value.reshape(batch * key_heads, total, size)
+    past = key.shape[2] - query.shape[2]
     out = []
-    for begin in range(0, length, QUERY_BLOCK):
-        end = min(begin + QUERY_BLOCK, length)
-        rows, seen = groups * (end - begin), total - length + end
-        # The query heads of one key head lie under one another: fewer and larger products, and no copies of the keys.
-        asked = query[:, :, begin:end].reshape(batch * key_heads, rows, size)
-        mask = attention_mask[:, :, begin:end, :seen].expand(batch, groups, end - begin, seen)
-        mask = mask.reshape(batch, 1, rows, seen).expand(batch, key_heads, rows, seen).reshape(-1, rows, seen)
-        weights = torch.softmax(torch.baddbmm(mask, asked, key[:, :, :seen]), dim=-1)
+    for begin in range(0, query.shape[2], QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, query.shape[2])
+        seen = past + end
+        weights = query[:, :, begin:end] @ key[:, :, :seen].transpose(-1, -2)
+        weights = weights + attention_mask[:, :, begin:end, :seen]
+        weights = torch.softmax(weights, dim=-1)
         weights = torch.nn.functional.dropout(weights, dropout, module.training)
-        out.append((weights @ value[:, :seen]).view(batch, heads, end - begin, size))
+        out.append(weights @ value[:, :, :seen])
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 

@@ -180,7 +180,7 @@ def test_the_hub_client_reads_the_metadata_back(name: str) -> None:
     assert read.data.tags == ["peftrec", "recommendation", f"{found.record.task}-prediction", "lora"]
     results = {}
     for one in read.data.eval_results or []:
-        part = re.search(r"\((\w+)\)$", one.metric_name or "")
+        part = re.search(r"\(([^()]+)\)$", one.metric_name or "")
         results[f"{one.dataset_split}/{one.metric_type}" + (f"|{part[1]}" if part else "")] = one.metric_value
     assert results == {key: value for key, value in found.record.metrics.items() if value is not None}
     assert len(results) > 20

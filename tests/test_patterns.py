@@ -23,7 +23,7 @@ USUAL = (
     r"model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)",
     ".*attn.*|.*mlp.*",
     ".*[qv]_proj",
-    *{places.of(variant) or "" for places in PLACES.values() for variant in VARIANTS},
+    *sorted({places.of(variant) or "" for places in PLACES.values() for variant in VARIANTS}),
 )
 
 

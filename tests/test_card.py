@@ -192,10 +192,11 @@ def test_the_figures_in_the_page_are_those_of_the_run(name: str) -> None:
     found = shipped(name)
     recipe = config.parse_recipe(yaml.safe_load(found.recipe), "test")
     page = card.render(found)
-    expected = compare_record(found.record, recipe).markdown()
+    expected, *warnings = compare_record(found.record, recipe).markdown().split("\n\nWarning: ")
     shown = region(page, "results")
     assert "\u00a0" in shown
     assert expected.strip() in shown.replace("\u00a0", " ")
+    assert all(f"\n* {warning.strip()}" in page for warning in warnings)  # among the limits
     assert found.recipe.strip() in region(page, "training")
     for one in found.files:
         assert f", {one.bytes:,} bytes: `{one.sha256}`\n" in region(page, "files")

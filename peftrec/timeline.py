@@ -446,7 +446,7 @@ class WindowDataset:
         self.label = label
         self.prior = np.zeros(len(label), dtype=np.float32) if prior is None else prior
         if isinstance(windows, TextWindows):
-            # Whether the model packs them or pads them, which it alone knows, prompts of one length leave no gaps.
+            # The model pads them to the longest: prompts of one length leave no gaps.
             self.rows = alike(windows.lengths, max(max_tokens, LEAST_ROOM))
         else:
             self.rows = pack(windows.lengths, max_tokens)

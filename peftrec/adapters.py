@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peftrec import adalora, config, lora_start, methods, quantized, virtual_tokens
+from peftrec import adalora, config, fused, lora_start, methods, quantized, virtual_tokens
 from peftrec.compatibility import REFUSED_TYPES
 from peftrec.errors import ConfigError, ModelError
 
@@ -124,6 +124,7 @@ def _wrap(model: Any, wanted: Any) -> Any:
         if isinstance(module, BaseTunerLayer) and id(module.get_base_layer()) in packed:
             # Some of PEFT's layers answer in float32, which the next layer cannot take.
             module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+    fused.install(attached)
     return attached
 
 

@@ -46,6 +46,7 @@ ORDER = (
     "timeline",
     "encode",
     "attention",
+    "fused",
     "quantized",
     "heads",
     "backbone",

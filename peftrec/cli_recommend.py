@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftrec import cli_options
 from peftrec.errors import ConfigError
+from peftrec.imports import without_collection
 
 if TYPE_CHECKING:
     from peftrec.cli_options import Verbs
@@ -134,16 +135,17 @@ def _recommend(given: argparse.Namespace) -> None:
     if given.k < 1:
         raise ConfigError(f"--k: {given.k}; expected a whole number from 1")
     user = None if given.user is None else _person(given.user)
-    from peftrec.recommender import Recommender
+    with without_collection():
+        from peftrec.recommender import Recommender
 
-    recommender = Recommender.from_pretrained(
-        given.adapter,
-        revision=given.revision,
-        items=given.items,
-        columns=columns,
-        base_model=given.base_model,
-        prior=not given.no_prior,
-    )
+        recommender = Recommender.from_pretrained(
+            given.adapter,
+            revision=given.revision,
+            items=given.items,
+            columns=columns,
+            base_model=given.base_model,
+            prior=not given.no_prior,
+        )
     best = recommender.rank(given.history, given.candidates, k=given.k, user=user)
     show = _as_json if given.json else _as_text
     show(recommender, given.history, best)

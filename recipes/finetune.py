@@ -35,6 +35,7 @@ from peftrec import (
     methods,
     metrics,
     opponents,
+    prepared,
     processes,
     record,
     report,
@@ -74,8 +75,7 @@ def main() -> None:
         say(f"warning: {mistake}")
 
     # Data: tables -> one log of events, each in one split.
-    data = interactions.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
-    log = split.split(data, recipe.data.split, recipe.seed)
+    data, log = prepared.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
     for warning in data.warnings:
         say(f"warning: {warning}")
     sizes = ", ".join(f"{name} {int((log.split == code).sum()):,}" for code, name in enumerate(split.SPLITS))

@@ -199,7 +199,7 @@ class _Earlier:
         return result
 
 
-class _Known:
+class Known:
     """Sums over what each row knows of the other rows with the same key, a code from -1.
 
     A training row knows the training rows strictly earlier in time. `held_knows` is for validation and test rows:
@@ -253,7 +253,7 @@ class _Means:
 
     def __init__(self, log: Log, history: History):
         one_key = np.zeros(len(log.label), dtype=np.int8)
-        everything = _Known(one_key, log.timestamp, log.split == 0, _of_items(history))
+        everything = Known(one_key, log.timestamp, log.split == 0, of_items(history))
         self.chance = _smoothed(everything.sum(log.label), everything.sum(np.ones(len(log.label), dtype=np.int8)))
         self.log_odds = _logit(self.chance)
 
@@ -265,13 +265,13 @@ class _Effects:
         self.means = _Means(log, history)
         self._log = log
         train, has_item = log.split == 0, log.item >= 0
-        items = _Known(log.item, log.timestamp, train, _of_items(history))
+        items = Known(log.item, log.timestamp, train, of_items(history))
         self.item_events = items.sum(has_item)
         self._item_likes = items.sum(has_item * log.label)
         del items
         # A log is sorted by user, then time: a row's place tells the events of one second apart.
         user_time = log.timestamp if ties == "isolate" else np.arange(len(log.user))
-        self._users = _Known(log.user, user_time, train, "past" if history == "streaming" else "training")
+        self._users = Known(log.user, user_time, train, "past" if history == "streaming" else "training")
         self._train, self._held = train, ~train
         self._settled_likes, self._settled_events = _item_totals(log, train & has_item)
         self._settled_mean = _smoothed(log.label[train].sum(dtype=np.float64), int(train.sum()))
@@ -317,7 +317,8 @@ class _Effects:
         return Shrinkage(min(item_means, key=lambda one: item_means[one]), item, user)
 
 
-def _of_items(history: History) -> Literal["training", "streaming"]:
+def of_items(history: History) -> Literal["training", "streaming"]:
+    """What validation and test rows know of items, in the words of `Known`."""
     return "streaming" if history == "streaming" else "training"
 
 

@@ -39,8 +39,9 @@ def _validate(given: argparse.Namespace) -> None:
     from peftrec import config
 
     recipe = config.load_recipe(given.config, given.overrides)
-    from peftrec import interactions, values
+    from peftrec import interactions, opponents, values
 
+    opponents.check(recipe)
     interactions.check(recipe.data, values.placeholders(recipe.prompt.item), recipe.task, config.of_users(recipe))
     if recipe.adapter.method == "other":  # the names are PEFT's, whose import takes seconds
         from peftrec import methods

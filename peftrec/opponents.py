@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from peftrec import baselines, classical, click_factors, rating_baselines
+from peftrec import baselines, boosting, classical, click_factors, rating_baselines
 from peftrec.baselines import Prior
 from peftrec.click_factors import ClickFactors
 from peftrec.rating_baselines import RatingPrior
@@ -51,6 +51,16 @@ def prior_from_json(task: Literal["click", "rating"], text: str) -> SavedPrior:
     return (ClickFactors if '"factors"' in text[:20] else Prior).from_json(text)
 
 
+def check(recipe: Recipe) -> None:
+    """See whether the libraries are there that the recipe's baselines need.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    classical.check(recipe.eval.baselines)
+    boosting.check(recipe.eval.baselines)
+
+
 def measure(log: Log, recipe: Recipe) -> Opponents:
     """The baselines and the prior of a recipe.
 
@@ -63,7 +73,7 @@ def measure(log: Log, recipe: Recipe) -> Opponents:
         DataError: the log is too large for a baseline.
     """
     evaluation, kind = recipe.eval, recipe.score.prior
-    classical.check(evaluation.baselines)
+    check(recipe)
     wanted = dict.fromkeys((*evaluation.baselines, "global_mean", *(() if kind == "none" else (kind,))))
     saved: SavedPrior | None = None
     if recipe.task == "click":
@@ -85,6 +95,9 @@ def measure(log: Log, recipe: Recipe) -> Opponents:
     prior = None if kind == "none" else found[kind].astype(np.float32)
     others = classical.predict(log, evaluation.baselines, evaluation.history, evaluation.ties, recipe.task, recipe.seed)
     found, settings = {**found, **others.scores}, {**settings, **dict(others.settings)}
+    if boosting.NAME in wanted and (log.item >= 0).any():
+        trees = boosting.predict(log, evaluation.history, evaluation.ties, recipe.task, recipe.seed)
+        found, settings = {**found, boosting.NAME: trees.scores}, {**settings, boosting.NAME: trees.settings}
     reported = {
         name: found[name] for name in wanted if name in found and (name != kind or name in evaluation.baselines)
     }

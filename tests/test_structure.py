@@ -41,6 +41,7 @@ ORDER = (
     "rating_baselines",
     "click_factors",
     "classical",
+    "boosting",
     "opponents",
     "target",
     "artifact",

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from peftrec.baselines import History, Known, Ties, of_items
+from peftrec.baselines import History, Known, Ties, items_known
 from peftrec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +62,14 @@ def check(names: Sequence[str]) -> None:
         _library()
 
 
-def predict(log: Log, history: History, ties: Ties = "isolate", task: Task = "click", seed: int = 13) -> Predictions:
+def predict(
+    log: Log,
+    history: History,
+    ties: Ties = "isolate",
+    task: Task = "click",
+    seed: int = 13,
+    items: History | None = None,
+) -> Predictions:
     """Score all validation and test rows by trees grown on the training rows.
 
     Args:
@@ -71,6 +78,7 @@ def predict(log: Log, history: History, ties: Ties = "isolate", task: Task = "cl
         ties: whether a row knows its user's events of the same timestamp that stand before it.
         task: whether scores are log-odds, or ratings.
         seed: of the library.
+        items: what validation and test rows know of items and of everybody; as of their user if left out.
 
     Raises:
         ConfigError: scikit-learn is not installed.
@@ -78,7 +86,7 @@ def predict(log: Log, history: History, ties: Ties = "isolate", task: Task = "cl
     library = _library()
     held, valid = log.split != 0, log.split == 1
     answer = np.asarray(log.scale)[log.label]
-    stages = _stages(library, log, np.stack(list(features(log, history, ties).values()), axis=1), task, seed)
+    stages = _stages(library, log, np.stack(list(features(log, history, ties, items).values()), axis=1), task, seed)
     if valid.any():
         chosen, score = min(stages, key=lambda stage: _loss(stage[1][valid[held]], answer[valid], task))
     else:
@@ -106,7 +114,7 @@ def _stages(library: Any, log: Log, found: Floats, task: Task, seed: int) -> Ite
             yield {"leaves": leaves, "trees": number}, score
 
 
-def features(log: Log, history: History, ties: Ties = "isolate") -> dict[str, Floats]:
+def features(log: Log, history: History, ties: Ties = "isolate", items: History | None = None) -> dict[str, Floats]:
     """What each row knows in numbers: name -> (n,), nan where there is nothing to know.
 
     Means are drawn to the mean of everybody's known events. A *gap* is by how much an event's answer was above the mean
@@ -116,16 +124,17 @@ def features(log: Log, history: History, ties: Ties = "isolate") -> dict[str, Fl
         log: all splits, with items.
         history: what validation and test rows know.
         ties: as in `predict`.
+        items: as in `predict`.
     """
     train, has_item = log.split == 0, log.item >= 0
     answer = np.asarray(log.scale)[log.label]
     ones = np.ones(len(log))
-    everybody = Known(np.zeros(len(log), dtype=np.int8), log.timestamp, train, of_items(history))
+    everybody = Known(np.zeros(len(log), dtype=np.int8), log.timestamp, train, items_known(items or history))
     events = everybody.sum(ones)
     mean = (everybody.sum(answer) + log.scale[0] + log.scale[-1]) / (events + 2)
-    items = Known(log.item, log.timestamp, train, of_items(history))
-    item_events = items.sum(has_item)
-    item_mean = (items.sum(has_item * answer) + _ITEM_SHRINKAGE * mean) / (item_events + _ITEM_SHRINKAGE)
+    of_item = Known(log.item, log.timestamp, train, items_known(items or history))
+    item_events = of_item.sum(has_item)
+    item_mean = (of_item.sum(has_item * answer) + _ITEM_SHRINKAGE * mean) / (item_events + _ITEM_SHRINKAGE)
     # A log is sorted by user, then time: a row's place tells the events of one second apart.
     user_time = log.timestamp if ties == "isolate" else np.arange(len(log))
     user = Known(log.user, user_time, train, "past" if history == "streaming" else "training")

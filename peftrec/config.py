@@ -259,6 +259,9 @@ class Train:
     order: Literal["time", "random"] = "time"
     """A training event sees the events before it in time, or any others of its user in an order drawn by the seed: for
     random folds, where a row to predict knows later events too."""
+    pairwise: NotNegative = 0.0
+    """Weight of a second loss beside that of each event: a window's liked events should score above its others (clicks,
+    timeline). 0 leaves it out."""
     metric_for_best_model: Literal["loss", "auc", "uauc", "rmse", "mae"] = "loss"
     """Validation metric that chooses the checkpoint to keep."""
     logging_steps: Count = 10

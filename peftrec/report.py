@@ -49,7 +49,14 @@ HEADINGS = {
 """What people read for a metric."""
 LEADING: dict[Task, tuple[str, ...]] = {"click": ("auc", "uauc"), "rating": ("rmse", "mae", "uauc")}
 """Shown with intervals, and as differences."""
-_SHORT = {record.NO_PRIOR: "no prior", record.BASE_MODEL: "base", "bias": "bias", "mf": "MF", "item_knn": "k-NN"}
+_SHORT = {
+    record.NO_PRIOR: "no prior",
+    record.BASE_MODEL: "base",
+    "bias": "bias",
+    "mf": "MF",
+    "item_knn": "k-NN",
+    "gbdt": "trees",
+}
 _LEGEND: dict[Task, str] = {
     "click": (
         "AUC: chance that a liked row scores above one that is not liked; 0.5 is guessing. uauc: the same within each "

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
 
-from peftrec import baselines, boosting, config, metrics, opponents
+from peftrec import baselines, boosting, config, opponents
 from peftrec.errors import ConfigError
+from peftrec.ranking import auc
 from peftrec.split import Log
 
 GENRES = ["Comedy|Drama", "drama, War", "Comedy", "Comedy;War"]
@@ -28,7 +30,7 @@ def make_log(user, item, time, label, split, genres=GENRES, years=(1990, 2000, N
     )
 
 
-def random_log(seed: int, n: int = 60) -> Log:
+def random_log(seed: int, n: int = 30) -> Log:
     """Many shared times, rows without item, splits by time."""
     rng = np.random.default_rng(seed)
     user, time = rng.integers(0, 4, n), rng.integers(0, 12, n)
@@ -37,7 +39,7 @@ def random_log(seed: int, n: int = 60) -> Log:
     return make_log(user[order], rng.integers(-1, 4, n), time[order], rng.integers(0, 2, n), split)
 
 
-def two_kinds(task: str = "click", n: int = 3000) -> Log:
+def two_kinds(task: str = "click", n: int = 1500) -> Log:
     """Half of the people like films of even number, the others odd ones; the genre says which are which."""
     rng = np.random.default_rng(3)
     user, item = rng.integers(0, 60, n), rng.integers(0, 40, n)
@@ -108,25 +110,29 @@ def test_kinds_and_years_are_found_in_other_forms() -> None:
 
 
 @pytest.fixture(scope="module")
-def grown() -> tuple[Log, boosting.Predictions]:
+def grown() -> Iterator[tuple[Log, boosting.Predictions]]:
+    """Fewer trees than are tried otherwise, which take their time."""
     pytest.importorskip("sklearn")
     log = two_kinds()
-    return log, boosting.predict(log, "streaming")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(boosting, "_MOST_TREES", 60)
+        patch.setattr(boosting, "_LEAVES_GRID", (4, 8))
+        yield log, boosting.predict(log, "streaming")
 
 
 def test_trees_see_a_taste_that_counts_do_not(grown: tuple[Log, boosting.Predictions]) -> None:
     log, found = grown
     test = log.split == 2
-    ours = metrics.auc(log.label[test], found.scores[test])
+    ours = auc(log.label[test], found.scores[test])
     assert np.isnan(found.scores[log.split == 0]).all()
-    assert ours > metrics.auc(log.label[test], baselines.predict(log, "streaming").scores["bias"][test]) + 0.1
+    assert ours > auc(log.label[test], baselines.predict(log, "streaming").scores["bias"][test]) + 0.1
     assert ours > 0.75
 
 
 def test_the_scores_are_those_of_the_chosen_number_of_trees(grown: tuple[Log, boosting.Predictions]) -> None:
     ensemble = pytest.importorskip("sklearn.ensemble")
     log, found = grown
-    assert found.settings["trees"] < 400
+    assert found.settings["trees"] < 60
     columns = np.stack(list(boosting.features(log, "streaming").values()), axis=1)
     model = ensemble.HistGradientBoostingClassifier(
         learning_rate=0.05,

@@ -28,8 +28,8 @@ _LEGEND = (
     "HR@10: share of users whose held-out liked item is among the ten best; NDCG@10: 1 / log2(1 + place) where it is; "
     "MRR: 1 / place; candidates that tie share their places. novelty: bits of self-information of the ten, log2 of "
     "training users over those who met the item. popularity: training events of the ten over those of what the users "
-    "had met. items: how many get into anyone's ten, of those offered. [low, high]: 95% interval over resamples of the "
-    "users. That an item was never met does not say that it is disliked: scorers that learn what people think of what "
+    "had met. coverage: share of the offered items that get into anyone's ten. [low, high]: 95% interval over resamples of "
+    "the users. That an item was never met does not say that it is disliked: scorers that learn what people think of what "
     "they chose are asked here what people choose."
 )
 
@@ -190,10 +190,10 @@ def _first(places: Places) -> str:
 
 
 def _figures(places: Places) -> Table:
-    rows: Table = [("scorer", *(_HEADINGS[key] for key in METRICS), "items")]
+    rows: Table = [("scorer", *(_HEADINGS[key] for key in METRICS), "coverage")]
     for name, own in places.found.intervals.items():
         cells = [cell(own[key], interval=key in _LEADING) for key in METRICS]
-        rows.append((shown(name), *cells, f"{places.covered[name]:,} of {places.offered:,}"))
+        rows.append((shown(name), *cells, f"{places.covered[name] / places.offered:.1%}"))
     return rows
 
 

@@ -25,12 +25,12 @@ AMONG = 99
 _HEADINGS = {"hr@10": "HR@10", "ndcg@10": "NDCG@10", "mrr": "MRR", "novelty": "novelty", "popularity": "popularity"}
 _LEADING = ("hr@10", "ndcg@10", "mrr")
 _LEGEND = (
-    "HR@10: share of users whose held-out liked item is among the ten best; NDCG@10: 1 / log2(1 + place) where it is; "
-    "MRR: 1 / place; candidates that tie share their places. novelty: bits of self-information of the ten, log2 of "
-    "training users over those who met the item. popularity: training events of the ten over those of what the users "
-    "had met. coverage: share of the offered items that get into anyone's ten. [low, high]: 95% interval over resamples of "
-    "the users. That an item was never met does not say that it is disliked: scorers that learn what people think of what "
-    "they chose are asked here what people choose."
+    "HR@10: share of users whose held-out liked item is among the ten best; NDCG@10: 1 / log2(1 + place) where it "
+    "is; MRR: 1 / place; candidates that tie share their places. novelty: bits of self-information of the ten, log2 "
+    "of training users over those who met the item. popularity: training events of the ten over those of what the "
+    "users had met. coverage: share of the offered items that get into anyone's ten. [low, high]: 95% interval over "
+    "resamples of the users. That an item was never met does not say that it is disliked: scorers that learn what "
+    "people think of what they chose are asked here what people choose."
 )
 
 

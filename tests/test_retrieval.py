@@ -79,7 +79,8 @@ def test_a_tie_is_worth_the_mean_over_its_orders() -> None:
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:lenskit")
 def test_figures_are_those_of_lenskit() -> None:
     data, metrics = pytest.importorskip("lenskit.data"), pytest.importorskip("lenskit.metrics")
-    theirs = {"hr@10": metrics.Hit(n=10), "ndcg@10": metrics.NDCG(n=10), "mrr": metrics.RecipRank()}
+    log2 = pytest.importorskip("lenskit.metrics.ranking").LogRankWeight(offset=1)
+    theirs = {"hr@10": metrics.Hit(n=10), "ndcg@10": metrics.NDCG(n=10, weight=log2), "mrr": metrics.RecipRank()}
     rng, places = np.random.default_rng(0), set()
     for _ in range(40):
         score, questions = one_question(rng.permutation(25).astype(float).tolist(), liked=int(rng.integers(25)))

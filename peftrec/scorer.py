@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from peftrec import fused
 from peftrec.errors import ModelError
+from peftrec.target import pair_losses
 from peftrec.timeline import WindowDataset, collate
 
 if TYPE_CHECKING:
@@ -294,13 +295,26 @@ def _chunks(lengths: np.ndarray, budget: int) -> list[tuple[int, int]]:
 
 
 def interaction_loss(
-    model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype, target: Target, items: Any
+    model: Any,
+    batch: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    target: Target,
+    items: Any,
+    *,
+    pairwise: float = 0.0,
 ) -> torch.Tensor:
     """The target's loss over the batch's read positions, divided by `items`, the events of the whole optimizer step.
 
     Dividing by events and not by batches makes gradient accumulation and several processes equal one large batch.
+    `pairwise` is the weight of `target.pair_losses`: windows are whole in a row, so these split as the others do.
     """
     read = batch["labels"] >= 0
-    outputs = read_outputs(model, batch, dtype)
-    loss: torch.Tensor = target.losses(outputs, batch["prior"][read], batch["labels"][read]).sum() / items
+    outputs, prior, label = read_outputs(model, batch, dtype), batch["prior"][read], batch["labels"][read]
+    total = target.losses(outputs, prior, label).sum()
+    if pairwise:
+        # Rows hold windows of several people: numbered apart, also from those of the batch's other rows.
+        length = read.shape[1]
+        window = batch["segment"] + length * torch.arange(len(read), device=read.device)[:, None]
+        total = total + pairwise * pair_losses(target.score(outputs, prior), label, window[read])
+    loss: torch.Tensor = total / items
     return loss

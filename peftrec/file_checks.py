@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import yaml
 
-from peftrec import artifact
+from peftrec import artifact, side_vectors
 from peftrec.leaks import Watch, in_texts, in_values
 from peftrec.patterns import count_ways
 from peftrec.schema import show
@@ -43,6 +43,7 @@ OURS: Final = (
     CARD,
     artifact.FILE,
     artifact.PRIOR_FILE,
+    side_vectors.FILE,
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
@@ -87,7 +88,7 @@ def kind_of(path: str) -> Kind | None:
         return "picture"
     if folder:
         return None
-    if name in WEIGHTS:
+    if name in (*WEIGHTS, side_vectors.FILE):
         return "weights"
     if name in TOKENIZER:
         return "tokenizer"

@@ -178,7 +178,7 @@ def load(model: Any, folder: str | Path, sources: Sources) -> None:
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ModelError(
-            f"{path}: its projectors do not fit {type(model).__name__} ({reason}); load the adapter on the base model "
-            "that peftrec.json names"
+            f"{path}: its projectors do not fit this base model ({reason}); load the adapter on the one that "
+            "peftrec.json names"
         ) from error
     model.eval()

@@ -20,11 +20,11 @@ from peftrec import factors, rating_baselines
 from peftrec.baselines import History, Ties
 from peftrec.factors import Floats, Items, Penalties
 from peftrec.interactions import drawn_order
+from peftrec.side_files import Singles
 
 if TYPE_CHECKING:
     from peftrec.split import Log
 
-Singles = npt.NDArray[np.float32]
 _GROUPS = 5
 
 

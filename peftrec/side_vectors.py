@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 
 from peftrec import config, side_als
 from peftrec.errors import DataError, ModelError
 from peftrec.factors import Items
-from peftrec.side_als import Factors, Singles
-from peftrec.tables import unreadable
+from peftrec.side_als import Factors
+from peftrec.side_files import MOST_SIZE, Singles, read_vectors, texts
 from peftrec.timeline import TimelineWindows
 
 if TYPE_CHECKING:
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
 FILE = "side.safetensors"
 BITS = 20
 """Of a token's own id: a million is more than any vocabulary has."""
-SUFFIXES = (".parquet", ".pq", ".safetensors", ".npz")
-MOST_SIZE = 16_384
-"""Numbers of a vector."""
 _DIGEST = 5  # bytes of a number: 40 bits above the 20 of the token
 _LEAST_DEVIATION = 1e-6
 
@@ -156,7 +152,7 @@ def of_run(log: Log, recipe: config.Recipe) -> OfRun:
         people = name == "users"
         ids = (log.user_ids if people else log.items["item_id"]).to_list()
         code = log.user if people else log.item
-        source = _from_file(path, "user_id" if people else "item_id", ids)
+        source = _from_file(path, _key(name), ids)
         assert source.vectors is not None
         row = source.rows(ids)[code]
         parts[name] = Part(source.scaling.apply(source.vectors), np.concatenate([row, row]))
@@ -172,6 +168,20 @@ def files(side: config.Side) -> dict[str, str]:
     items = [side.items] if isinstance(side.items, str) else side.items or []
     people = {"users": side.users} if side.users else {}
     return {f"items_{number}": path for number, path in enumerate(items)} | people
+
+
+def check(side: config.Side) -> None:
+    """Look into the files that a recipe names.
+
+    Raises:
+        DataError: one cannot be used.
+    """
+    for name, path in files(side).items():
+        read_vectors(path, _key(name))
+
+
+def _key(name: str) -> str:
+    return "user_id" if name == "users" else "item_id"
 
 
 def _of_factors(factors: Factors, scaling: Scaling, log: Log) -> Source:
@@ -257,7 +267,7 @@ def number(sources: Sources, questions: Sequence[Asked]) -> tuple[Table, list[In
             numbers[place] = int.from_bytes(digest.digest()) or 1
     known, first = np.unique(numbers, return_index=True)
     table = Table(known, {name: replace(part, row=part.row[first]) for name, part in parts.items()})
-    return table, np.split(numbers, np.cumsum(sizes)[:-1])
+    return table, np.split(numbers, np.cumsum(sizes, dtype=np.int64)[:-1])[: len(sizes)]
 
 
 def _part(name: str, source: Source, questions: Sequence[Asked]) -> Part:
@@ -294,66 +304,6 @@ def _person(given: Sequence[float] | None, source: Source) -> Singles:
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-
-
-def read_vectors(path: str, key: str) -> tuple[list[str], Singles]:
-    """Ids (as text) and vectors (m, size) in a file of one's own.
-
-    Args:
-        path: Parquet with the columns `key` and `vector` (lists of numbers), or safetensors or npz with arrays of these
-            names (m,) and (m, size); safetensors may hold texts as the bytes of a JSON list.
-        key: `item_id` or `user_id`.
-
-    Raises:
-        DataError: there is no such file, or it holds something else.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file() or file.suffix.lower() not in SUFFIXES:
-        found = f"unknown kind of file '{file.suffix}'" if file.is_file() else "no such file"
-        raise DataError(f"{path}: {found}; expected a {', '.join(SUFFIXES)} file with {key} and vector")
-    try:
-        ids, vectors = _columns(file, key)
-    except (OSError, ValueError, KeyError, TypeError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
-        raise unreadable(path, error) from error
-    except Exception as error:  # safetensors' own, which is no ValueError
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise unreadable(path, error) from error
-    if vectors.ndim != 2 or len(ids) != len(vectors) or not 1 <= vectors.shape[1] <= MOST_SIZE:
-        raise DataError(
-            f"{path}: {len(ids)} ids and vectors of shape {vectors.shape}; expected one vector of 1 to {MOST_SIZE:,} "
-            "numbers for each id, all of one length"
-        )
-    if bad := int((~np.isfinite(vectors).all(axis=1)).sum()):
-        raise DataError(f"{path}: {bad} vectors with a number that is not finite; expected numbers; leave these out")
-    if len(set(ids)) < len(ids):
-        twice = next(one for one in ids if ids.count(one) > 1)
-        raise DataError(f"{path}: {key} {twice!r} is there twice; expected one vector each; remove one")
-    return ids, vectors
-
-
-def _columns(file: Path, key: str) -> tuple[list[str], Singles]:
-    kind = file.suffix.lower()
-    if kind in (".parquet", ".pq"):
-        frame = pl.read_parquet(file, columns=[key, "vector"]).drop_nulls()
-        width = frame["vector"].list.len() if isinstance(frame["vector"].dtype, pl.List) else None
-        if width is not None and width.n_unique() > 1:
-            raise ValueError(f"vectors of {width.min()} to {width.max()} numbers")
-        return frame[key].cast(pl.String).to_list(), np.stack(frame["vector"].to_list()).astype(np.float32)
-    if kind == ".npz":
-        with np.load(file, allow_pickle=False) as arrays:
-            return arrays[key].astype(str).tolist(), arrays["vector"].astype(np.float32)
-    from safetensors.numpy import load_file
-
-    tensors = load_file(file)
-    return _texts(tensors[key]), tensors["vector"].astype(np.float32)
-
-
-def _texts(found: npt.NDArray[Any]) -> list[str]:
-    """Ids in a safetensors file: whole numbers, or the bytes of a JSON list."""
-    if found.dtype == np.uint8:
-        return [str(one) for one in json.loads(found.tobytes().decode("utf-8"))]
-    return [str(one) for one in found.tolist()]
 
 
 def tensors(sources: Sources) -> dict[str, npt.NDArray[Any]]:
@@ -400,7 +350,7 @@ def _source(name: str, found: Mapping[str, npt.NDArray[Any]], answers: int) -> S
         raise ValueError(f"{name} with a mean or a deviation out of range")
     if name == "users":
         return Source(scaling)
-    ids, vectors = tuple(_texts(found[f"{name}.item_id"])), found[f"{name}.vector"]
+    ids, vectors = tuple(texts(found[f"{name}.item_id"])), found[f"{name}.vector"]
     if len(ids) != len(vectors) or vectors.ndim != 2 or not np.isfinite(vectors).all():
         raise ValueError(f"{name} with {len(ids)} ids and vectors of shape {vectors.shape}")
     if name != "als":

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ import polars as pl
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from test_docs import ROOT, blocks
 
 from peftrec import (
     Recommender,
     adapters,
     artifact,
     backbone,
+    cli,
     config,
     contents,
     encode,
@@ -31,14 +34,17 @@ from peftrec import (
     scorer,
     side,
     side_als,
+    side_files,
     side_vectors,
 )
 from peftrec.errors import ConfigError, DataError, ModelError
+from peftrec.schema import parse_yaml
 from peftrec.side_vectors import Asked
 from peftrec.split import Log
 from peftrec.target import Target
 
-CLOSE: dict[str, Any] = {"rtol": 0, "atol": 2e-5}
+SHIPPED = "recipes/configs/ml-100k/click_side.yaml"
+CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-4}
 
 
 def a_recipe(base: Path | str = "tiny", **sections: Any) -> config.Recipe:
@@ -135,31 +141,8 @@ def saved(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("sections", "line"),
-    [
-        ({"adapter": {"method": "full"}}, "side.als: True; adapter.method: full is saved as a model for anybody"),
-        ({"train": {"order": "random"}, "eval": {"history": "frozen"}}, "side.als: True; a person's factors follow"),
-        (
-            {"prompt": {"layout": "pointwise", "template": "{history}{item}:"}},
-            "side.als: True; a template says nowhere where",
-        ),
-        ({"data": {"records": "r.jsonl"}, "prompt": {"layout": "pointwise"}}, "side.als: True; ready-made prompts"),
-    ],
-)
-def test_what_cannot_be_combined(sections: dict[str, Any], line: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        a_recipe(side={"als": True}, **sections)
-    assert [one for one in caught.value.problems if line in one]
-
-
-def test_nothing_trained_and_nothing_given() -> None:
-    with pytest.raises(ConfigError, match=r"side.items: v.npz; nothing is trained under adapter.method: none"):
-        config.parse_recipe(
-            {"data": {"name": "ml-100k"}, "adapter": {"method": "none"}, "side": {"items": "v.npz"}, "output_dir": "x"},
-            "r",
-        )
-    with pytest.raises(ConfigError, match=r"side.dropout: does nothing under side.als: False"):
+def test_keys_without_vectors_and_what_goes_without_saying() -> None:
+    with pytest.raises(ConfigError, match=r"side.dropout: does nothing under side.als: false"):
         a_recipe(side={"dropout": 0.2})
     assert "side" not in config.recipe_to_dict(a_recipe())
     assert config.recipe_to_dict(a_recipe(side={"items": ["a.npz", "b.npz"]}))["side"] == {
@@ -180,14 +163,14 @@ def test_encoders_are_refused(tiny_bert_folder: Path) -> None:
 
 def test_three_kinds_of_file_say_the_same(tmp_path: Path) -> None:
     path = vectors_file(tmp_path, [7, 3])
-    ids, vectors = side_vectors.read_vectors(path, "item_id")
+    ids, vectors = side_files.read_vectors(path, "item_id")
     assert ids == ["7", "3"]
     np.savez(tmp_path / "v.npz", item_id=np.array([7, 3]), vector=vectors)
     save_file({"item_id": np.array([7, 3]), "vector": vectors}, tmp_path / "numbers.safetensors")
     text = np.frombuffer(json.dumps(["7", "3"]).encode(), dtype=np.uint8)
     save_file({"item_id": text, "vector": vectors}, tmp_path / "texts.safetensors")
     for name in ("v.npz", "numbers.safetensors", "texts.safetensors"):
-        same, equal = side_vectors.read_vectors(str(tmp_path / name), "item_id")
+        same, equal = side_files.read_vectors(str(tmp_path / name), "item_id")
         assert same == ids
         np.testing.assert_array_equal(equal, vectors)
 
@@ -205,17 +188,17 @@ def test_three_kinds_of_file_say_the_same(tmp_path: Path) -> None:
 def test_files_that_cannot_be_used(tmp_path: Path, columns: dict[str, Any], line: str) -> None:
     pl.DataFrame(columns).write_parquet(tmp_path / "v.parquet")
     with pytest.raises(DataError) as caught:
-        side_vectors.read_vectors(str(tmp_path / "v.parquet"), "item_id")
+        side_files.read_vectors(str(tmp_path / "v.parquet"), "item_id")
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_files_of_other_items_and_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"v.npz: no such file; expected a .parquet"):
-        side_vectors.read_vectors("v.npz", "item_id")
+        side_files.read_vectors("v.npz", "item_id")
     (tmp_path / "v.csv").write_text("item_id,vector\n")
     with pytest.raises(DataError, match=r"v.csv: unknown kind of file '.csv'"):
-        side_vectors.read_vectors(str(tmp_path / "v.csv"), "item_id")
+        side_files.read_vectors(str(tmp_path / "v.csv"), "item_id")
     recipe = a_recipe(side={"items": vectors_file(tmp_path, ["x", "y"])})
     with pytest.raises(DataError, match=r"none of its ids \(such as 'x'\) is one of the data \(such as 'i0'\)"):
         side_vectors.of_run(a_log(), recipe)
@@ -456,7 +439,7 @@ def test_people_are_told_by_their_vector(tiny_llama_folder: Path, tmp_path: Path
     path = vectors_file(tmp_path, [f"u{n}" for n in range(6)], key="user_id")
     made = Run(tiny_llama_folder, a_log(), side={"users": path})
     recommender = made.load(made.save(tmp_path / "adapter"))
-    _, vectors = side_vectors.read_vectors(path, "user_id")
+    _, vectors = side_files.read_vectors(path, "user_id")
     plain, one, two = (
         recommender.score([("i0", 1)], ["i1"], user)
         for user in (None, {"vector": vectors[0].tolist()}, {"vector": vectors[1].tolist()})
@@ -495,7 +478,9 @@ def test_projectors_of_another_model(run: Run, saved: Path, tmp_path: Path) -> N
     whole = load_file(folder / side_vectors.FILE)
     last = "projector.als.2.weight"
     save_file({**whole, last: whole[last][:5]}, folder / side_vectors.FILE)
-    with pytest.raises(ModelError, match=r"side.safetensors: its projectors do not fit .*Llama"):
+    with pytest.raises(
+        ModelError, match=r"side.safetensors: its projectors do not fit this base model \(.*size mismatch"
+    ):
         run.load(folder)
 
 
@@ -510,3 +495,30 @@ def exports() -> list[Callable[..., Any]]:
     from peftrec import export
 
     return [export.merged, export.for_vllm]
+
+
+def test_the_page(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/side-vectors.md: its files fit its recipe, and what was trained on them is asked as it says."""
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "side-vectors.md"
+    write, ask, ask_with_vector = (compile(block, "page", "exec") for block in blocks(page, "python"))
+    (told,) = (parse_yaml(block)["side"] for block in blocks(page, "yaml"))
+    exec(write, {})
+    assert cli.main(["validate", str(ROOT / SHIPPED), "--side.items", "my-data/graph.parquet"]) == 0
+    assert cli.main(["validate", str(ROOT / SHIPPED), "--side.items", "my-data/no.parquet"]) == cli.REFUSED
+    log = a_log()
+    numbered = log.items.with_columns(item_id=pl.Series(range(1, 9)))
+    log = dataclasses.replace(log, items=numbered, user_ids=pl.Series("user_id", range(1, 7)))
+    for name, how in (("runs/ml-100k-click-side", {"als": True}), ("runs/side", told)):
+        made = Run(tiny_llama_folder, log, side=how)
+        made.save(tmp_path / name / "adapter")
+    assert list(made.vectors.sources) == ["als", "items_0", "items_1", "users"]
+    monkeypatch.setattr(
+        Recommender,
+        "from_pretrained",
+        partial(Recommender.from_pretrained, items=numbered, base_model=tiny_llama_folder),
+    )
+    for block in (ask, ask_with_vector):
+        found: dict[str, Any] = {}
+        exec(block, found)
+        assert found["recommender"].artifact.side is not None

@@ -27,6 +27,7 @@ ORDER = (
     "config",
     "assets",
     "tables",
+    "side_files",
     "datasets",
     "interactions",
     "split",

@@ -120,7 +120,9 @@ def check_file(path: str, file: Path, watch: Watch | None) -> list[str]:
     if too_large := check_size(path, file.stat().st_size):
         return [too_large]
     if kind == "weights":
-        return _check_weights(path, file)
+        problems = _check_weights(path, file)
+        ids = side_vectors.ids_in(file) if path == side_vectors.FILE and not problems else []
+        return problems + _check_leaks(path, ids, watch)
     if kind == "picture":
         with file.open("rb") as opened:
             found = opened.read(8)

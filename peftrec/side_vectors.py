@@ -21,7 +21,7 @@ from peftrec import config, side_als
 from peftrec.errors import DataError, ModelError
 from peftrec.factors import Items
 from peftrec.side_als import Factors
-from peftrec.side_files import MOST_SIZE, Singles, read_vectors, texts
+from peftrec.side_files import BROKEN, MOST_SIZE, Singles, read_vectors, texts
 from peftrec.timeline import TimelineWindows
 
 if TYPE_CHECKING:
@@ -320,6 +320,16 @@ def tensors(sources: Sources) -> dict[str, npt.NDArray[Any]]:
     return found
 
 
+def ids_in(file: Path) -> list[str]:
+    """Ids of the items in `FILE`, those of each source in one text; none where they cannot be read."""
+    from safetensors.numpy import load_file
+
+    try:
+        return ["\n".join(texts(one)) for name, one in load_file(file).items() if name.endswith(".item_id")]
+    except BROKEN:  # `read` says so
+        return []
+
+
 def read(folder: str | Path, about: Artifact) -> Sources:
     """The vectors beside `peftrec.json`; none where the adapter has none.
 
@@ -336,7 +346,7 @@ def read(folder: str | Path, about: Artifact) -> Sources:
     try:
         found = load_file(path)
         return {name: _source(name, found, len(about.target.scale)) for name in about.side}
-    except Exception as error:  # a stranger's file, which may be anything
+    except BROKEN as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise ModelError(f"{path}: not what a run wrote ({reason}); fetch the adapter again") from error
 

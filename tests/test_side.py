@@ -469,6 +469,9 @@ def test_the_folder_may_be_published_and_a_broken_one_not(saved: Path, tmp_path:
     ):
         save_file(broken, folder / side_vectors.FILE)
         assert [one for one in contents.check_folder(folder) if line in one]
+    text = whole["als.item_id"].tobytes().replace(b'"i0"', b'"/home/me/0.png"')
+    save_file({**whole, "als.item_id": np.frombuffer(text, dtype=np.uint8)}, folder / side_vectors.FILE)
+    assert [one for one in contents.check_folder(folder) if "a local path, '/home/me/0.png'" in one]
     (folder / side_vectors.FILE).unlink()
     assert [one for one in contents.check_folder(folder) if "no such file, though the adapter has side vectors" in one]
 

@@ -1,8 +1,8 @@
 """Collaborative vectors of events: what a factorisation of the answers knows of the item and, by then, of the person.
 
 The formula is that of `peftrec/factors.py`. An event's vector is the effect and the factors of its item, the part of
-its user solved from the events before it, and the products of both factor by factor, whose sum is what matrix
-factorisation adds: a small projector soon learns to weigh products, and takes long to learn to multiply.
+its user solved from the events before it, the products of both factor by factor, and what all of this adds up to in
+matrix factorisation: a small projector soon learns to weigh numbers, and takes long to learn to multiply.
 
 No vector knows an answer that is still to be given: docs/decisions/018-side-vectors.md says how, and why it matters.
 """
@@ -47,7 +47,7 @@ class Factors:
     @property
     def size(self) -> int:
         """Numbers of a vector."""
-        return 3 * int(self.items.factors.shape[1]) + 2
+        return 3 * int(self.items.factors.shape[1]) + 3
 
     def _penalty(self) -> Floats:
         return Penalties(0.0, self.user_penalty, self.factor_penalty).of_user(self.items.factors.shape[1])
@@ -71,8 +71,10 @@ class Factors:
 
 def _joined(items: Items, item: Any, person: Floats) -> Singles:
     of_item = items.factors[item]
-    parts = [items.effect[item][:, None], of_item, person, of_item * person[:, 1:]]
-    return np.concatenate(parts, axis=1).astype(np.float32)
+    both = of_item * person[:, 1:]
+    effect = items.effect[item][:, None]
+    told = effect + person[:, :1] + both.sum(axis=1, keepdims=True)
+    return np.concatenate([effect, of_item, person, both, told], axis=1).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -369,7 +369,7 @@ def _source(name: str, found: Mapping[str, npt.NDArray[Any]], answers: int) -> S
         return Source(scaling, ids, vectors)
     mean, *penalties = found["als.fit"].tolist()
     values = found["als.values"].astype(np.float64)
-    if min(penalties) <= 0 or len(penalties) != 2 or values.shape != (answers,) or size != 3 * vectors.shape[1] - 1:
+    if min(penalties) <= 0 or len(penalties) != 2 or values.shape != (answers,) or size != 3 * vectors.shape[1]:
         raise ValueError("als with other numbers than its fit has")
     rows = np.vstack([vectors, np.zeros((1, vectors.shape[1]))]).astype(np.float64)
     factors = Factors(Items(mean, rows[:, 0], rows[:, 1:]), values, *penalties)

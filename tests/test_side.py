@@ -221,12 +221,13 @@ def test_vectors_hold_what_matrix_factorisation_says(history: Any) -> None:
     told = rating_baselines.predict(answers, history, "isolate", "time", found.settings, 13, names=("mf",)).scores["mf"]
     k = found.settings.factors
     vectors = found.evaluation.astype(float)
-    assert vectors.shape == (len(log), 3 * k + 2)
-    total = found.factors.items.mean + vectors[:, 0] + vectors[:, 1 + k] + vectors[:, 2 + 2 * k :].sum(axis=1)
+    assert vectors.shape == (len(log), 3 * k + 3)
     held = log.split > 0
-    np.testing.assert_allclose(np.clip(total, *values)[held], told[held], atol=1e-5)
+    np.testing.assert_allclose(np.clip(found.factors.items.mean + vectors[:, -1], *values)[held], told[held], atol=1e-5)
+    total = vectors[:, 0] + vectors[:, 1 + k] + vectors[:, 2 + 2 * k : -1].sum(axis=1)
+    np.testing.assert_allclose(vectors[:, -1], total, atol=1e-5)
     of_item, of_person = vectors[:, 1 : 1 + k], vectors[:, 2 + k : 2 + 2 * k]
-    np.testing.assert_allclose(vectors[:, 2 + 2 * k :], of_item * of_person, atol=1e-6)
+    np.testing.assert_allclose(vectors[:, 2 + 2 * k : -1], of_item * of_person, atol=1e-6)
     assert (found.in_evaluation == (log.item < 6)).all()
 
 
@@ -238,8 +239,8 @@ def test_no_training_vector_knows_its_answer_or_a_later_one() -> None:
         # As ratings, because clicks are scaled by the deviation of everybody's answers.
         found = side_als.fit(dataclasses.replace(log, label=labels), "rating", "streaming", "isolate", 13)
         k = found.settings.factors
-        # Effect, intercept and what the factors add: these do not depend on which way the factors are turned.
-        return np.column_stack([found.training[:, [0, 1 + k]], found.training[:, 2 + 2 * k :].sum(axis=1)])
+        # Effect, intercept and what all adds up to: these do not depend on which way the factors are turned.
+        return found.training[:, [0, 1 + k, -1]]
 
     before = told(log.label)
     for row in (0, 4, 13, 27):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,8 +100,11 @@ class Source:
 
     def rows(self, ids: Sequence[Any]) -> Ints:
         """Rows of `vectors` of items (n,); -1 where an item is not known."""
-        places = {name: row for row, name in enumerate(self.ids)}
-        return np.asarray([-1 if one is None else places.get(str(one), -1) for one in ids], dtype=np.int64)
+        return np.asarray([-1 if one is None else self._places.get(str(one), -1) for one in ids], dtype=np.int64)
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.ids)}
 
 
 Sources = dict[str, Source]
@@ -142,6 +146,11 @@ def of_run(log: Log, recipe: config.Recipe) -> OfRun:
     # The first n numbers are the events as training shows them, the others as evaluation does.
     if side.als:
         found = side_als.fit(log, recipe.task, recipe.eval.history, recipe.eval.ties, recipe.seed)
+        if not found.in_training.any():
+            raise DataError(
+                "side.als: no item has training events of two groups of people, and a training event's factors are "
+                "those of other people; expected more people; leave it out"
+            )
         scaling = Scaling.of(found.training[found.in_training])
         known = np.concatenate([found.in_training, found.in_evaluation])
         vectors = scaling.apply(np.concatenate([found.training, found.evaluation]))

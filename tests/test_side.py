@@ -252,6 +252,13 @@ def test_no_training_vector_knows_its_answer_or_a_later_one() -> None:
         assert np.abs(after - before)[own & (log.timestamp > log.timestamp[row])].max() > 1e-3
 
 
+def test_one_person_has_nobody_to_learn_from() -> None:
+    log = a_log()
+    alone = dataclasses.replace(log, split=np.where(log.user == 0, log.split, 2).astype(np.int8))
+    with pytest.raises(DataError, match=r"side.als: no item has training events of two groups of people"):
+        side_vectors.of_run(alone, a_recipe(side={"als": True}))
+
+
 def test_a_stranger_is_read_as_in_evaluation() -> None:
     """Of a person without training events, a history and candidates give the vectors of the log's rows."""
     log = a_log()

@@ -50,6 +50,10 @@ def _validate(given: argparse.Namespace) -> None:
         from peftrec import methods
 
         methods.check(recipe.adapter)
+    if recipe.side.used:
+        from peftrec import side_vectors
+
+        side_vectors.check(recipe.side)
     print(f"{given.config}: valid")
     for name, text in _summary(recipe):
         print(f"  {name:<8} {text}")
@@ -74,6 +78,11 @@ def _summary(recipe: Recipe) -> Iterator[tuple[str, str]]:
         length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
         yield "train", f"{length}, learning rate {train.learning_rate:g} ({train.lr_scheduler_type})"
     yield "score", "model alone" if recipe.score.prior == "none" else f"model + {recipe.score.prior}"
+    if recipe.side.used:
+        yield (
+            "side",
+            ", ".join(f"{name} {show(value)}" for name, value in config.recipe_to_dict(recipe)["side"].items()),
+        )
     yield "eval", f"{recipe.eval.history} history, baselines: {', '.join(recipe.eval.baselines) or 'none'}"
     yield "output", recipe.output_dir
     if recipe.hub.push:

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import string
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from peftrec.prompts import (
     user_texts,
     with_user,
 )
+from peftrec.side_vectors import MarkedWindows, OfRun
 from peftrec.split import Log
 from peftrec.timeline import (
     PromptWindows,
@@ -52,6 +54,7 @@ class Encoder:
         task: `click` or `rating`.
         shuffle: seed of a random order of each user's events in place of time, see config.Train.order.
         kind: of the base model; all but causal ones need the layout pointwise.
+        side: vectors beside the text, or None.
 
     Raises:
         DataError: the item template names a column that is not there, or answers do not go with the ratings.
@@ -68,8 +71,9 @@ class Encoder:
         task: Literal["click", "rating"] = "click",
         shuffle: int | None = None,
         kind: Kind = "causal",
+        side: OfRun | None = None,
     ) -> None:
-        self.log, self.prompt, self.ties, self._shuffle = log, prompt, ties, shuffle
+        self.log, self.prompt, self.ties, self._shuffle, self._side = log, prompt, ties, shuffle, side
         template = RECORD_TEMPLATE if prompt.template is None and log.prompts is not None else prompt.template
         # A template's prompt has no header, whose length would take room from the history.
         header = prompt.header if template is None else ""
@@ -200,7 +204,10 @@ class Encoder:
             )
         else:
             single = prompt.layout == "pointwise"
-            windows = TimelineWindows(
+            made: Callable[..., TimelineWindows] = TimelineWindows
+            if self._side is not None:
+                made = partial(MarkedWindows, self._side.evaluation if fill else self._side.training)
+            windows = made(
                 self.log,
                 self.codec,
                 self.questions,

@@ -126,7 +126,7 @@ class Pieces:
         """Lay lists of token ids end to end."""
         start = np.zeros(len(ids) + 1, dtype=np.int64)
         np.cumsum([len(piece) for piece in ids], out=start[1:])
-        flat = np.fromiter((token for piece in ids for token in piece), dtype=np.int32, count=int(start[-1]))
+        flat = np.fromiter((token for piece in ids for token in piece), dtype=np.int64, count=int(start[-1]))
         return cls(flat, start)
 
 

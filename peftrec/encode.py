@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import string
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -185,11 +184,14 @@ class Encoder:
         key = None if self._key is None else kept.key_of(encoder=self._key, fill=fill, asked=asked)
         arrays = kept.keep("windows", key, make).arrays
         rows = Pieces(arrays["packed"], arrays["packed_start"])
-        return WindowDataset(self._of(arrays), self.log.label, prior, self.prompt.max_tokens, rows)
+        return WindowDataset(self._of(arrays, fill), self.log.label, prior, self.prompt.max_tokens, rows)
 
-    def _of(self, arrays: Mapping[str, np.ndarray]) -> TimelineWindows | PromptWindows:
+    def _of(self, arrays: Mapping[str, np.ndarray], fill: bool) -> TimelineWindows | PromptWindows:
         if "spans" in arrays:
-            return TimelineWindows.of(arrays, self.log, self.codec, self.questions)
+            windows = TimelineWindows.of(arrays, self.log, self.codec, self.questions)
+            if self._side is None:
+                return windows
+            return MarkedWindows(windows, self._side.evaluation if fill else self._side.training)
         return (TextWindows if isinstance(self.codec, WholeText) else PromptWindows).of(arrays)
 
     def _windows(self, sight: Sight, fill: bool) -> TimelineWindows | PromptWindows:
@@ -204,10 +206,7 @@ class Encoder:
             )
         else:
             single = prompt.layout == "pointwise"
-            made: Callable[..., TimelineWindows] = TimelineWindows
-            if self._side is not None:
-                made = partial(MarkedWindows, self._side.evaluation if fill else self._side.training)
-            windows = made(
+            windows = TimelineWindows(
                 self.log,
                 self.codec,
                 self.questions,

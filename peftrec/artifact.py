@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from peftrec import config
+from peftrec import config, values
 from peftrec.errors import ModelError
 from peftrec.opponents import SavedPrior, prior_from_json
 from peftrec.prompts import ANSWER_MARK, LINE_END, Codec, Kind, WholeText, with_user
@@ -45,7 +45,7 @@ class PromptFormat:
     layout: Literal["timeline", "pointwise"]
     header: str
     """Text before the first event, line end included."""
-    item: config.Template
+    item: values.Template
     """An item as text, over the columns of the items table."""
     answers: Annotated[list[str], Several]
     answer_ids: Annotated[list[int], Distinct]
@@ -61,8 +61,8 @@ class PromptFormat:
     """Token that stands before everything, as text; null where the tokenizer has none."""
     history: Literal["all", "liked"] = "all"
     """Which events are shown; liked are those from `like_at`."""
-    max_history: config.Count | None = None
-    template: config.Template | None = None
+    max_history: values.Count | None = None
+    template: values.Template | None = None
     kind: Kind = "causal"
     """Of the base model. Encoders and encoder-decoder models (seq2seq) have a template and read whole texts, with all
     special tokens that the tokenizer adds; of an encoder a tab in the template stands between the two texts."""
@@ -70,7 +70,7 @@ class PromptFormat:
     """One short prompt up to the read position. Of a causal model `bos` is included: tokenize it without adding special
     tokens."""
 
-    user: config.Template | None = None
+    user: values.Template | None = None
     """A person as text, which stands where the template has {user}; empty where nothing is known of them."""
 
     def text(self, history: Sequence[tuple[str, int]], item: str, user: str = "") -> str:
@@ -94,7 +94,7 @@ class Base:
     name: Name
     hub_id: Name
     fingerprint: Name
-    parameters: config.Count
+    parameters: values.Count
     dtype: Literal["float32", "bfloat16", "float16"]
     revision: Name | None = None
     license: Name | None = None
@@ -233,7 +233,7 @@ def describe(
 
 
 def _asks_items(template: str | None) -> bool:
-    return template is None or "item" in config.placeholders(template)
+    return template is None or "item" in values.placeholders(template)
 
 
 def _public(name: str) -> str:

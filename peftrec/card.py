@@ -35,11 +35,12 @@ from peftrec.card_facts import (
 )
 from peftrec.card_metadata import KEYS, metadata
 from peftrec.card_text import code, fenced, inert, inline, literal, pieces, replace_regions, tidy, unbroken
-from peftrec.config import Author, placeholders
+from peftrec.config import Author
 from peftrec.errors import DataError, PeftrecError
 from peftrec.record import RUN, atomic
 from peftrec.report import compare_record
 from peftrec.schema import dump_yaml
+from peftrec.values import placeholders
 
 TEMPLATE = "card.md.jinja"
 _HEAD = re.compile(r"\A---\n(.*?\n)---\n", re.S)

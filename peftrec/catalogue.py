@@ -15,9 +15,9 @@ from typing import Any
 import polars as pl
 
 from peftrec import tables
-from peftrec.config import placeholders
 from peftrec.errors import DataError
 from peftrec.prompts import item_texts
+from peftrec.values import placeholders
 
 WORDS = {"yes": 1, "like": 1, "liked": 1, "true": 1, "no": 0, "dislike": 0, "disliked": 0, "false": 0}
 YEAR = re.compile(r"\s*\(\d{4}\)$")

@@ -28,8 +28,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from peftrec.config import is_repo_id
 from peftrec.errors import HubError
+from peftrec.values import is_repo_id
 
 T = TypeVar("T")
 MAIN = constants.DEFAULT_REVISION

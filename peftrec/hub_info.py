@@ -13,9 +13,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 
-from peftrec import artifact, config, record
+from peftrec import artifact, record, values
 from peftrec.artifact import Artifact
-from peftrec.config import FILE_TARGET
 from peftrec.contents import check_files, check_folder, list_files
 from peftrec.errors import HubError
 from peftrec.file_checks import CARD, CONFIG, FIGURES, WEIGHTS, front_matter, is_ours
@@ -33,6 +32,7 @@ from peftrec.hub_client import (
 )
 from peftrec.hub_pull import check_listing
 from peftrec.hub_push import adapter_folder
+from peftrec.values import FILE_TARGET
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,16 @@ class Info:
     def needs(self) -> dict[str, Any]:
         """What it wants of whoever asks: columns of the items table, of a person or of a prompt, and its answers."""
         prompt = self.about.prompt
-        own = prompt.template is not None and "item" not in config.placeholders(prompt.template)
+        own = prompt.template is not None and "item" not in values.placeholders(prompt.template)
         found: dict[str, Any] = {
             "answers": [answer.strip() for answer in prompt.answers],
             "max_tokens": prompt.max_tokens,
         }
         if own:
-            return found | {"prompt": config.placeholders(prompt.template or "")}
-        found["items"] = list(dict.fromkeys(config.placeholders(prompt.item)))
+            return found | {"prompt": values.placeholders(prompt.template or "")}
+        found["items"] = list(dict.fromkeys(values.placeholders(prompt.item)))
         if prompt.user is not None:
-            found["user"] = list(dict.fromkeys(config.placeholders(prompt.user)))
+            found["user"] = list(dict.fromkeys(values.placeholders(prompt.user)))
         if self.about.prior is not None:
             found["items"].insert(0, "item_id")
         return found

@@ -12,11 +12,11 @@ from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFou
 from huggingface_hub.hf_api import RepoFile
 
 from peftrec import folders
-from peftrec.config import FILE_TARGET
 from peftrec.contents import check_files, check_folder, check_remote
 from peftrec.errors import HubError
 from peftrec.file_checks import kind_of
 from peftrec.hub_client import MAIN, Content, again, connect, in_one_line, list_tree, refuse_unnamed
+from peftrec.values import FILE_TARGET
 
 
 def pull(

@@ -12,7 +12,6 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import GitRefs
 
 from peftrec import artifact, folders, record
-from peftrec.config import FILE_TARGET, REPO_ID, is_repo_id
 from peftrec.contents import check_folder, list_files
 from peftrec.errors import HubError
 from peftrec.file_checks import CARD, is_ours
@@ -28,6 +27,7 @@ from peftrec.hub_client import (
     tell,
     warnings_told,
 )
+from peftrec.values import FILE_TARGET, REPO_ID, is_repo_id
 
 
 @dataclass(frozen=True)

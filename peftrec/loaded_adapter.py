@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from peftrec import artifact, backbone, config, scorer, virtual_tokens
+from peftrec import artifact, backbone, scorer, values, virtual_tokens
 from peftrec.catalogue import Catalogue, Item, read_history, read_ratings
 from peftrec.encode import max_user_tokens, new_codec, prompt_windows, record_ids, templated_ids
 from peftrec.errors import DataError, ModelError
@@ -151,14 +151,14 @@ class LoadedAdapter:
     @property
     def own_prompts(self) -> bool:
         """Whether the adapter was trained on ready-made prompts, which know neither items nor histories."""
-        return self.prompt.template is not None and "item" not in config.placeholders(self.prompt.template)
+        return self.prompt.template is not None and "item" not in values.placeholders(self.prompt.template)
 
     def _records(self, history: Sequence[Any], candidates: Sequence[Any] | None) -> list[Item]:
         if candidates is None:
             raise DataError("candidates: none given; this adapter was trained on ready-made prompts: give some")
         if len(history):
             raise DataError("history: this adapter was trained on ready-made prompts; put the history into the input")
-        names = config.placeholders(self.prompt.template or "")
+        names = values.placeholders(self.prompt.template or "")
         for i, record in enumerate(candidates):
             if not isinstance(record, dict) or any(name not in record for name in names):
                 raise DataError(f"candidates[{i}]: {record!r}; expected a dict with {', '.join(names)}")
@@ -268,7 +268,7 @@ class LoadedAdapter:
         prompt, tail = self.prompt, self.codec.tail_length
         template = prompt.template or ""
         if self.own_prompts:
-            names = config.placeholders(template)
+            names = values.placeholders(template)
             records = [{name: str(item.given[name]) for name in names} for item in question.candidates]
             return [record_ids(self.codec, template, record, prompt.max_tokens) for record in records]
         template = with_user(template, question.user)

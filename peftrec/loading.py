@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from peftrec import adapters, artifact, backbone, config, heads, hub, quantized, scorer
+from peftrec import adapters, artifact, backbone, config, heads, hub, quantized, scorer, values
 from peftrec.backbone import Backbone
 from peftrec.catalogue import read_items
 from peftrec.datasets import DATASETS
@@ -48,10 +48,10 @@ def find(
     """
     name = str(adapter)
     folder = Path(name).expanduser()
-    local = name.startswith(config.FILE_TARGET) or folder.is_dir() or not HUB_ID.fullmatch(name)
+    local = name.startswith(values.FILE_TARGET) or folder.is_dir() or not HUB_ID.fullmatch(name)
     if local and revision is not None:
         raise ModelError(f"{name}: revision {revision}; a folder has no revisions; leave it out, or name a Hub id")
-    if name.startswith(config.FILE_TARGET):
+    if name.startswith(values.FILE_TARGET):
         return hub.pull(name)
     if local:
         inner = folder / "adapter"

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from peftrec import artifact, config, scorer, tables
+from peftrec import artifact, scorer, tables, values
 from peftrec.catalogue import read_items
 from peftrec.datasets import DATASETS
 from peftrec.errors import DataError
@@ -67,7 +67,7 @@ class Known:
             DataError: a table cannot be used, or a name of `columns` is in none of them.
         """
         about, columns = artifact.read(adapter), dict(columns or {})
-        if about.prompt.template is not None and "item" not in config.placeholders(about.prompt.template):
+        if about.prompt.template is not None and "item" not in values.placeholders(about.prompt.template):
             raise DataError(
                 f"{adapter}: an adapter of ready-made prompts, which know neither users nor items; expected one that "
                 "was trained on tables; use Recommender.score"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import polars as pl
 
-from peftrec import artifact, config
+from peftrec import artifact, values
 from peftrec.errors import as_one_line
 from peftrec.recommender import Recommender
 
@@ -30,7 +30,7 @@ def scores(folder: str | Path, base_model: str | Path | None = None) -> list[flo
     """
     about = artifact.read(folder)
     # The probes hold texts as the model reads them: no items table has to be there, or to be fetched.
-    names = dict.fromkeys(["item_id", *config.placeholders(about.prompt.item)])
+    names = dict.fromkeys(["item_id", *values.placeholders(about.prompt.item)])
     empty = pl.DataFrame(schema=dict.fromkeys(names, pl.String))
     recommender = Recommender.from_pretrained(folder, items=empty, base_model=base_model, dtype="float32", prior=False)
     return [float(score) for score in recommender.probe_scores()]

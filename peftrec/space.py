@@ -26,7 +26,7 @@ from huggingface_hub import ModelCard, SpaceCardData
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from peftrec import artifact, config
+from peftrec import artifact, config, values
 from peftrec.card_facts import CARD, Facts, hub_base, hub_data, is_hub_id, named_data, read_facts
 from peftrec.card_text import inline
 from peftrec.catalogue import Catalogue, read_items
@@ -123,7 +123,7 @@ def write(
 
 def _titles(facts: Facts, has_items: bool) -> str:
     data, template = named_data(facts), facts.artifact.prompt.template
-    if template is not None and "item" not in config.placeholders(template):
+    if template is not None and "item" not in values.placeholders(template):
         return "none: the adapter answers ready-made prompts"
     if has_items:
         return f"{ITEMS} in the folder"
@@ -154,7 +154,7 @@ def _needed_items(items: Any, columns: Mapping[str, str] | None, about: artifact
     """Ids, titles and what the prompt shows; no more of a person's table is published than the app needs."""
     found = read_items(items, columns)
     Catalogue(found, about.prompt.item)  # which says if a column of the prompt is missing
-    needed = {"item_id", "title", "year", *config.placeholders(about.prompt.item)}
+    needed = {"item_id", "title", "year", *values.placeholders(about.prompt.item)}
     return found.select(name for name in found.columns if name in needed)
 
 

@@ -24,9 +24,9 @@ for package in HERE.glob("peftrec-*.zip"):
 import gradio as gr  # noqa: E402 (the path comes first)
 
 from peftrec import hub  # noqa: E402
-from peftrec.config import placeholders  # noqa: E402
 from peftrec.errors import PeftrecError, as_one_line  # noqa: E402
 from peftrec.recommender import Recommendation, Recommender  # noqa: E402
+from peftrec.values import placeholders  # noqa: E402
 
 MOST_CHARACTERS = 20_000
 MOST_CHOICES = 20_000  # titles that the page carries to pick from; beyond that they are typed

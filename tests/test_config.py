@@ -12,9 +12,10 @@ from huggingface_hub.utils import validate_repo_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftrec import config
-from peftrec.config import dump_recipe, load_recipe, parse_recipe, placeholders, recipe_to_dict
+from peftrec import coherence, config, schema, values
+from peftrec.config import dump_recipe, load_recipe, parse_recipe, recipe_to_dict
 from peftrec.errors import ConfigError
+from peftrec.values import placeholders
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*/*.yaml"))
@@ -435,7 +436,7 @@ published = st.just({}) | optional(private=st.booleans(), tag=names, create_pr=s
 @st.composite
 def adapters(draw: st.DrawFn) -> dict[str, Any]:
     """A valid section `adapter`, with any of its keys left out."""
-    method = draw(st.sampled_from(list(config.METHOD_KEYS)))
+    method = draw(st.sampled_from(list(coherence.METHOD_KEYS)))
     targets = names | st.lists(names, min_size=1, unique=True)
     values: dict[str, st.SearchStrategy[Any]] = {
         "variant": st.sampled_from({"lora": ["plain", "pissa"], "bottleneck": ["parallel"]}.get(method, ["plain"])),
@@ -452,7 +453,7 @@ def adapters(draw: st.DrawFn) -> dict[str, Any]:
     }
     if method == "prefix" and draw(st.booleans()):
         return {"method": method, "prefix_projection": True, **draw(optional(encoder_hidden_size=counts))}
-    own = {key: values[key] for key in config.METHOD_KEYS[method] if key in values}
+    own = {key: values[key] for key in coherence.METHOD_KEYS[method] if key in values}
     given = draw(optional(**own)) | ({"peft_type": "VERA"} if method == "other" else {})
     return given if method == "lora" and draw(st.booleans()) else {"method": method, **given}
 
@@ -565,7 +566,7 @@ junk = st.recursive(
 @settings(deadline=None)
 @given(recipes(), st.data())
 def test_junk_is_an_error_and_never_a_crash(mapping: dict[str, Any], data: st.DataObject) -> None:
-    key = data.draw(st.sampled_from(sorted(config.leaves(config.Recipe))))
+    key = data.draw(st.sampled_from(sorted(schema.leaves(config.Recipe))))
     *sections, name = key.split(".")
     node = mapping
     for section in sections:
@@ -598,7 +599,7 @@ def test_names_of_repositories_are_those_of_the_hub(name: str) -> None:
         allowed = True
     except HFValidationError:
         allowed = False
-    assert config.is_repo_id(name) == (allowed or (name.startswith("file:") and name != "file:"))
+    assert values.is_repo_id(name) == (allowed or (name.startswith("file:") and name != "file:"))
 
 
 def test_the_command_that_publishes_later() -> None:

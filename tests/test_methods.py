@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftrec import adapters, config, methods, scorer
+from peftrec import adapters, coherence, config, methods, scorer
 from peftrec.compatibility import OWN_METHODS, REFUSED_TYPES
 from peftrec.errors import ConfigError, ModelError
 
@@ -262,8 +262,8 @@ PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="u
 def test_the_page_names_each_methods_keys() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| `")]
     found = {row[0].strip("`"): tuple(row[1].replace("`", "").split()) for row in rows[1:]}
-    assert found == {name: keys for name, keys in config.METHOD_KEYS.items() if name in found}
-    assert found.keys() == config.METHOD_KEYS.keys()
+    assert found == {name: keys for name, keys in coherence.METHOD_KEYS.items() if name in found}
+    assert found.keys() == coherence.METHOD_KEYS.keys()
 
 
 def test_the_page_names_every_refused_type() -> None:

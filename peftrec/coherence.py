@@ -1,0 +1,214 @@
+"""Whether a recipe's keys fit each other: which do nothing beside the others, and which cannot stand together.
+
+The sections themselves are defined downstream, in `config`, which asks here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from peftrec import compatibility
+from peftrec.schema import leaves, show
+from peftrec.values import REPO_ID, is_folder, placeholders
+
+METHOD_KEYS = {
+    "lora": ("variant", "r", "lora_alpha", "lora_dropout", "target_modules"),
+    "adalora": (
+        *("init_r", "target_r", "lora_alpha", "lora_dropout", "target_modules"),
+        *("tinit", "tfinal", "deltaT", "orth_reg_weight"),
+    ),
+    "bottleneck": ("variant", "reduction_factor", "non_linearity", "dropout", "target_modules"),
+    "prefix": ("num_virtual_tokens", "prefix_projection", "encoder_hidden_size"),
+    "prompt": ("num_virtual_tokens", "prompt_tuning_init"),
+    "p_tuning": (
+        *("num_virtual_tokens", "encoder_reparameterization_type"),
+        *("encoder_hidden_size", "encoder_num_layers"),
+    ),
+    "ia3": ("target_modules", "feedforward_modules"),
+    "ln_tuning": ("target_modules",),
+    "full": (),
+    "other": ("peft_type", "fields"),
+    "none": (),
+}
+"""The keys of the section `adapter` that each method has, beside `method`."""
+
+_TABLE_COLUMNS = ("user_id", "item_id", "timestamp", "rating", "label", "title", "instruction", "input", "output")
+_FILE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".pq", ".json", ".jsonl", ".ndjson")
+
+
+def idle(recipe: Any) -> dict[str, str]:
+    """Keys that do nothing in this recipe -> the key whose value makes them so."""
+    data, kind, layout = recipe.data, recipe.data.split.kind, recipe.prompt.layout
+    four_bits, method, hub = recipe.model.load_in_4bit, recipe.adapter.method, recipe.hub
+    source = "data.interactions" if data.interactions else "data.records"
+    own_files = isinstance(data.records, dict) or (data.interactions or data.records or "").lower().endswith(
+        _FILE_SUFFIXES
+    )
+    cases = (
+        (data.name, "data.name", "data.items data.users data.columns data.hub_revision"),
+        (own_files, source, "data.hub_revision"),
+        (data.records, "data.records", "data.items data.users data.like_at data.rating_range"),
+        (data.records, "data.records", "prompt.item prompt.user prompt.header prompt.history prompt.max_history"),
+        (data.records, "data.records", "eval.user_groups"),
+        (recipe.prompt.user is None and not recipe.eval.user_groups, "prompt.user", "data.users"),
+        (isinstance(data.records, dict), "data.records", _keys(data.split, "data.split.")),
+        (kind != "column", "data.split.kind", "data.split.column"),
+        (kind != "kfold", "data.split.kind", "data.split.folds data.split.fold"),
+        (kind in ("leave_last_out", "column"), "data.split.kind", "data.split.valid data.split.test"),
+        (kind == "kfold", "data.split.kind", "data.split.test"),
+        (layout == "timeline", "prompt.layout", "prompt.template prompt.user prompt.max_history"),
+        (layout == "pointwise", "prompt.layout", "prompt.overlap"),
+        (recipe.prompt.template, "prompt.template", "prompt.header"),
+        (not four_bits, "model.load_in_4bit", "model.bnb_4bit_quant_type model.bnb_4bit_use_double_quant"),
+        (True, "adapter.method", " ".join(f"adapter.{name}" for name in _of_other_methods(recipe.adapter))),
+        (
+            method == "prefix" and not recipe.adapter.prefix_projection,
+            "adapter.prefix_projection",
+            "adapter.encoder_hidden_size",
+        ),
+        (
+            method == "p_tuning" and recipe.adapter.encoder_reparameterization_type == "MLP",
+            "adapter.encoder_reparameterization_type",
+            "adapter.encoder_num_layers",
+        ),
+        (method == "none", "adapter.method", _keys(recipe.train, "train.") + " eval.base_model"),
+        (method == "none", "adapter.method", _keys(recipe.card, "card.")),
+        (recipe.train.lr_scheduler_type == "constant", "train.lr_scheduler_type", "train.warmup_steps"),
+        (recipe.score.head == "linear", "score.head", "score.loss"),
+        (recipe.score.head != "tokens", "score.head", "eval.base_model"),
+        (recipe.task == "rating" and recipe.prompt.history == "all", "prompt.history", "data.like_at"),
+        (recipe.train.evals == 0, "train.evals", "train.early_stopping_patience train.metric_for_best_model"),
+        (is_folder(hub.repo_id), "hub.repo_id", "hub.private hub.revision hub.create_pr hub.tag hub.commit_message"),
+        (not hub.push, "hub.push", _keys(hub, "hub.", but="hub.push")),
+    )
+    return {key: decider for applies, decider, keys in cases if applies for key in keys.split()}
+
+
+def _keys(section: Any, prefix: str, but: str = "") -> str:
+    """All keys of a section, in one text."""
+    return " ".join(key for key in leaves(section.__class__, prefix) if key != but)
+
+
+def _of_other_methods(adapter: Any) -> list[str]:
+    """Keys of the section `adapter` that its method does not have."""
+    return [one.name for one in dataclasses.fields(adapter) if one.name not in ("method", *METHOD_KEYS[adapter.method])]
+
+
+def conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Values that cannot work together: the key to name, the other keys involved, and the error text."""
+    yield from _data_conflicts(recipe.data)
+    yield from _prompt_conflicts(recipe)
+    if recipe.eval.user_groups and recipe.data.name is None and recipe.data.users is None:
+        yield "data.users", ("eval.user_groups", "data"), "missing; eval.user_groups names columns of it; set it"
+    yield from _task_conflicts(recipe)
+    yield from _hub_conflicts(recipe)
+    yield from compatibility.conflicts(recipe)
+    if recipe.score.prior != "none" and recipe.data.records is not None:
+        text = f"{recipe.score.prior}; records have no items to count the ratings of; set it to none"
+        yield "score.prior", ("data.records",), text
+    if recipe.model.load_in_4bit and recipe.model.load_in_8bit:
+        text = "true, and model.load_in_4bit too; expected one of them at most; remove the other"
+        yield "model.load_in_8bit", ("model.load_in_4bit",), text
+    if recipe.train.order == "random" and recipe.eval.history == "streaming":
+        text = "random; it lets a training event see later ones, which no streaming row can; set eval.history: frozen"
+        yield "train.order", ("eval.history",), text
+
+
+def _hub_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    hub = recipe.hub
+    if not hub.push:
+        return
+    if hub.repo_id is None:
+        yield "hub.repo_id", ("hub.push",), f"missing; hub.push needs to know where to: expected {REPO_ID}"
+    if recipe.adapter.method == "none":
+        yield "hub.push", ("adapter.method",), "true, and adapter.method: none makes no adapter; set it to false"
+    if hub.create_pr and hub.revision not in (None, "main"):
+        text = f"{hub.revision}; a pull request (hub.create_pr) is made against main; remove one of them"
+        yield "hub.revision", ("hub.create_pr",), text
+
+
+def _task_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    choice, answers = recipe.train.metric_for_best_model, recipe.prompt.answers
+    if recipe.task == "click":
+        if recipe.score.loss == "squared_error":
+            yield "score.loss", ("task",), "squared_error; clicks have no distances; set task: rating, or cross_entropy"
+        if "user_mean" in recipe.eval.baselines:
+            yield "eval.baselines", ("task",), "user_mean; it predicts ratings; set task: rating, or leave it out"
+        if answers is not None and len(answers) != 2:
+            text = f"{show(answers)}; expected two for clicks, first for not liked, then for liked"
+            yield "prompt.answers", ("task",), text
+    elif recipe.prompt.history == "liked" and recipe.data.like_at is None and recipe.data.name is None:
+        text = "missing; prompt.history: liked needs to know which ratings are liked: set it to the lowest of them"
+        yield "data.like_at", ("prompt.history", "data", "task"), text
+    allowed = {"click": ("loss", "auc", "uauc"), "rating": ("loss", "rmse", "mae", "uauc")}[recipe.task]
+    if choice not in allowed:
+        text = f"{choice}; task: {recipe.task} has {', '.join(allowed)}; choose one of them"
+        yield "train.metric_for_best_model", ("task",), text
+
+
+def _data_conflicts(data: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    sources = [f"data.{name}" for name in ("name", "interactions", "records") if getattr(data, name) is not None]
+    if not sources:
+        yield "data", (), "no source; expected one of data.name, data.interactions and data.records; add one"
+    if len(sources) > 1:
+        yield "data", (), f"{' and '.join(sources)} given; expected one source of data; remove the others"
+    if (
+        data.like_at is not None
+        and data.rating_range
+        and not data.rating_range[0] < data.like_at <= data.rating_range[1]
+    ):
+        low, high = data.rating_range
+        text = (
+            f"{data.like_at:g} gives all rows one label; expected above {low:g} and up to {high:g} (data.rating_range)"
+        )
+        yield "data.like_at", ("data.rating_range",), text
+    split = data.split
+    if split.kind == "column" and split.column is None:
+        text = "missing; data.split.kind: column needs the name of the column that holds train, valid or test"
+        yield "data.split.column", ("data.split.kind",), text
+    if split.kind == "kfold" and split.fold >= split.folds:
+        text = f"{split.fold}; expected below data.split.folds ({split.folds}): folds are counted from 0"
+        yield "data.split.fold", ("data.split.folds", "data.split.kind"), text
+    if split.kind in ("temporal", "cold_user", "cold_item") and split.valid + split.test >= 1:
+        text = f"valid {split.valid:g} and test {split.test:g} leave nothing to train on; expected a sum below 1"
+        yield "data.split", (), text
+    for ours, theirs in data.columns.items():
+        if ours not in _TABLE_COLUMNS and theirs in _TABLE_COLUMNS:
+            text = f"{ours}: {theirs} is the wrong way round; expected our name first; write {theirs}: {ours}"
+            yield "data.columns", (), text
+
+
+def _prompt_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    prompt, records = recipe.prompt, recipe.data.records is not None
+    if prompt.layout == "timeline":
+        if records:
+            yield "prompt.layout", ("data.records",), "timeline; ready-made prompts (data.records) need pointwise"
+        if prompt.overlap >= prompt.max_tokens:
+            text = f"{prompt.overlap} tokens; expected fewer than prompt.max_tokens ({prompt.max_tokens}); lower it"
+            yield "prompt.overlap", ("prompt.max_tokens", "prompt.layout"), text
+        if recipe.model.attn_implementation == "flash_attention_2":
+            text = "flash_attention_2 cannot hide events of one time from each other; a timeline needs sdpa or eager"
+            yield "model.attn_implementation", ("prompt.layout",), text
+    elif prompt.template is not None:
+        names = set(placeholders(prompt.template))
+        if records and not names <= {"instruction", "input"}:
+            text = f"{show(prompt.template)}; records have {{instruction}} and {{input}} only; remove the others"
+            yield "prompt.template", ("data.records",), text
+        if not records and not {"history", "item"} <= names:
+            text = f"{show(prompt.template)}; expected {{history}} and {{item}} in it; add what is missing"
+            yield "prompt.template", ("data",), text
+        if not records and (odd := sorted(names - {"history", "item", "user"})):
+            text = (
+                f"{{{odd[0]}}} in it; expected {{history}}, {{item}} and {{user}} only; columns belong to prompt.item"
+            )
+            yield "prompt.template", ("data",), text
+        if "user" in names and prompt.user is None:
+            yield "prompt.user", ("prompt.template",), "missing; the template shows {user}: say what that is"
+    if prompt.user is not None and prompt.layout == "pointwise":
+        if "user" not in placeholders(prompt.template or ""):
+            text = f"{show(prompt.user)}; no {{user}} in prompt.template, where it would stand; add it there"
+            yield "prompt.user", ("prompt.template", "prompt.layout"), text
+        if recipe.data.name is None and recipe.data.users is None:
+            yield "data.users", ("prompt.user", "data"), "missing; prompt.user shows columns of it; set it to a table"

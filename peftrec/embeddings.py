@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from peftrec import adapters, artifact, assets, backbone, config, heads, loading
+from peftrec import artifact, assets, backbone, config, heads, loading, values
 from peftrec.backbone import Backbone
 from peftrec.errors import DataError, ModelError
 from peftrec.file_checks import WEIGHTS
@@ -153,6 +153,11 @@ class Embedder:
         if device is not None:
             base.model.to(device)
         return cls(base.model, base.tokenizer, base.kind, made_by(base), reading, name=name)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the base model's weights."""
+        return self._made_by[0]
 
     @property
     def size(self) -> int:
@@ -289,7 +294,7 @@ def is_adapter(name: str, revision: str | None = None, token: str | bool | None 
     folder = Path(name).expanduser()
     if name in assets.MODELS:
         return False
-    if name.startswith(config.FILE_TARGET):
+    if name.startswith(values.FILE_TARGET):
         return True
     if folder.is_dir():
         return any((place / artifact.FILE).is_file() for place in (folder, folder / "adapter"))

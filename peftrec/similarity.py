@@ -114,8 +114,8 @@ class Index:
         found = np.asarray(queries, dtype=np.float32)
         if found.ndim != 2 or found.shape[1] != self.vectors.shape[1]:
             raise DataError(
-                f"queries: of shape {found.shape}; the items have {self.vectors.shape[1]} dimensions; expected a matrix "
-                "of as many columns, made by the same model"
+                f"queries: of shape {found.shape}; the items have {self.vectors.shape[1]} dimensions; expected a "
+                "matrix of as many columns, made by the same model"
             )
         return self._ready(found)
 

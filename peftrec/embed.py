@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from tqdm.auto import tqdm
 
-from peftrec import backbone, config, interactions, processes, vector_files
+from peftrec import backbone, config, interactions, processes, tables, vector_files
 from peftrec.datasets import DATASETS
 from peftrec.embeddings import Embedder, Reading
 from peftrec.errors import ConfigError, DataError
@@ -147,6 +147,8 @@ def _check(job: Job, count: int) -> None:
         problems.append(f"--batch-tokens: {job.batch_tokens}; expected a whole number from 1")
     if count > 1 and not job.cache:
         problems.append(f"--no-cache: {count} processes share their vectors through the cache; leave --no-cache out")
+    if job.columns and job.items in DATASETS:
+        problems.append(f"--columns: {job.items} is a data set by name, whose columns are known; leave --columns out")
     if job.of == "items":
         given = {"--history": job.history, "--users": job.users, "--user": job.user, "--half-life": job.half_life}
         problems += [
@@ -161,8 +163,16 @@ def _check(job: Job, count: int) -> None:
 
 
 def _items(job: Job) -> Texts:
-    table = read_table(job.items, dict(job.columns))
+    table = _table(job)
     return Texts(table["item_id"], item_texts(table, job.item))
+
+
+def _table(job: Job) -> pl.DataFrame:
+    """The items table; of the columns that are renamed, those count that it has."""
+    if job.items in DATASETS:
+        return read_table(job.items)
+    found = tables.column_names(tables.scan(job.items), job.items)
+    return read_table(job.items, {ours: theirs for ours, theirs in job.columns.items() if theirs in found})
 
 
 def _users(job: Job) -> Texts:
@@ -214,7 +224,7 @@ def _load(job: Job) -> Interactions:
             like_at=job.like_at,
             split=config.Split(kind="kfold"),
         )
-    table = read_table(job.items, dict(job.columns))
+    table = _table(job)
     shown = ProfileText(job.user, table).of_users if job.user else []
     if shown and named.users is None and named.name is None:
         raise ConfigError(

@@ -34,6 +34,7 @@ ORDER = (
     "ranking",
     "similarity",
     "profiles",
+    "graph",
     "user_groups",
     "exposure",
     "metrics",

@@ -109,8 +109,8 @@ def test_batches_hold_their_tokens(tiny_llama_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("reading", "message"),
     [
-        (Reading("cls"), "pooling: 'cls'; .* is a causal model: expected mean or last"),
-        (Reading(layer=3), "layer: 3; .* has 2 layers: expected -3 to 2"),
+        (Reading("cls"), r"pooling: 'cls'; .* is a causal model: expected mean or last"),
+        (Reading(layer=3), r"layer: 3; .* has 2 layers: expected -3 to 2"),
         (Reading(max_tokens=0), "max_tokens: 0; expected a whole number from 1"),
         (Reading(max_tokens=5000), "this LlamaModel takes up to 2048 tokens"),
     ],

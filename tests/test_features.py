@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from saved import FILMS, save_adapter
+from saved import FILMS, save_adapter, save_run
+from test_docs import ROOT, YOUR_DATA, blocks
+from test_plug_in import FENCE
 
-from peftrec import cli, graph, vector_files
+from peftrec import assets, cli, graph, vector_files
 from peftrec.embeddings import Embedder
 from peftrec.errors import ConfigError, DataError, ModelError
 from peftrec.features import FeatureRecommender
@@ -22,6 +25,8 @@ from peftrec.recommender import Recommender
 from peftrec.shortlist import Shortlist, choose
 from peftrec.similarity import MEASURES, Index, normalized
 from peftrec.vector_files import VectorTable
+
+HOME = assets.cache_folder()
 
 
 @pytest.fixture(autouse=True)
@@ -367,3 +372,35 @@ def test_fused_vectors() -> None:
         graph.fuse(one, one[:39])
     with pytest.raises(DataError, match="fusion: 'sum'; expected one of concat, average"):
         graph.fuse(one, one, "sum")  # type: ignore[arg-type]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_does_what_it_says(
+    tiny_bert_folder: Path,
+    tiny_llama_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fetched = HOME / "assets"
+    fetched.mkdir(parents=True, exist_ok=True)
+    (assets.cache_folder() / "assets").symlink_to(fetched)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks(YOUR_DATA, "python")[0], "page", "exec"), {})
+    save_run(tiny_llama_folder, Path("runs/my-data"), item="{title}")
+    page = ROOT / "docs" / "features.md"
+    names: dict[str, Any] = {}
+    for language, text in FENCE.findall(page.read_text(encoding="utf-8")):
+        code = text.replace("all-minilm-l6-v2", str(tiny_bert_folder))
+        if language == "python":
+            exec(compile(code, "page", "exec"), names)
+            assert capsys.readouterr().out
+            continue
+        for line in code.replace("\\\n", " ").splitlines():
+            command, *words = shlex.split(line)
+            if command == "accelerate":  # here by one process, without the launcher
+                words = ["embed", *words[words.index("recipes/embed.py") + 1 :]]
+            assert cli.main(words) == 0, capsys.readouterr().err
+    assert vector_files.read("people.safetensors").vectors.shape == (120, 32)

@@ -242,7 +242,7 @@ def test_items_by_the_verb_and_by_the_recipe(
     assert cli.main(["embed", *words, "--output", "v.parquet"]) == 0
     assert "v.parquet: 3 items, 32 dimensions" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["embed.py", *words, "--output", "v.safetensors"])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(ROOT / "recipes" / "embed.py"), run_name="__main__")
     one, other = vector_files.read("v.parquet"), vector_files.read("v.safetensors")
     assert one.ids.to_list() == other.ids.to_list() == ["a", "b", "c"]

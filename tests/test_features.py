@@ -16,7 +16,7 @@ from saved import FILMS, save_adapter, save_run
 from test_docs import ROOT, YOUR_DATA, blocks
 from test_plug_in import FENCE
 
-from peftrec import assets, cli, graph, vector_files
+from peftrec import assets, bootstrap, cli, graph, vector_files
 from peftrec.embeddings import Embedder
 from peftrec.errors import ConfigError, DataError, ModelError
 from peftrec.features import FeatureRecommender
@@ -372,6 +372,20 @@ def test_fused_vectors() -> None:
         graph.fuse(one, one[:39])
     with pytest.raises(DataError, match="fusion: 'sum'; expected one of concat, average"):
         graph.fuse(one, one, "sum")  # type: ignore[arg-type]
+
+
+def test_intervals_of_means() -> None:
+    same = bootstrap.of_means({"a": [0.5] * 9, "b": [0.2] * 9})
+    assert same.intervals["a"]["mean"] == bootstrap.Interval(0.5, 0.5, 0.5)
+    difference = same.differences["b"]["mean"]
+    np.testing.assert_allclose([difference.point, difference.low, difference.high], 0.3)
+    values = np.random.default_rng(5).normal(size=400)
+    told = bootstrap.of_means({"a": values, "b": values + 1}, n=2000)
+    wide = told.intervals["a"]["mean"]
+    assert wide.point == values.mean()
+    np.testing.assert_allclose(wide.high - wide.low, 2 * 1.96 * values.std() / 20, rtol=0.1)
+    paired = told.differences["b"]["mean"]  # the same people are drawn for both
+    np.testing.assert_allclose([paired.low, paired.high], -1)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

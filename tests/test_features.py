@@ -265,7 +265,8 @@ def test_what_is_chosen_has_its_own_scores(rounds: int) -> None:
     assert sorted(calls) == sorted(rows.tolist())
     np.testing.assert_array_equal(found, scores[rows])
     best = set(np.argsort(-scores)[:10].tolist())
-    assert len(best & set(rows.tolist())) == (10 if rounds else 3)  # of 300 a fifth; a line is learned at once
+    there = len(best & set(rows.tolist()))
+    assert there == 10 if rounds else there < 6  # a line is learned at once; of drawn ones a fifth is expected
     everything, _ = choose(lambda rows: scores[rows], vectors, None, Shortlist(1000, rounds))
     assert sorted(everything.tolist()) == list(range(300))
 

@@ -100,6 +100,15 @@ class Catalogue:
         given = self.items.row(row, named=True)
         return Item(self.texts[row], given["item_id"], row, given)
 
+    def all(self) -> list[Item]:
+        """What `at` gives for every row, at once."""
+        assert self.items is not None
+        rows = self.items.iter_rows(named=True)
+        return [
+            Item(text, given["item_id"], row, given)
+            for row, (text, given) in enumerate(zip(self.texts, rows, strict=True))
+        ]
+
     def find(self, entry: Any, where: str) -> Item:
         """The item that `entry` means.
 

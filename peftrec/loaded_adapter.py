@@ -146,7 +146,7 @@ class LoadedAdapter:
             return [self.catalogue.find(entry, f"candidates[{i}]") for i, entry in enumerate(candidates)]
         if not len(self.catalogue):
             raise DataError("candidates: none given, and there is no items table to rank; give candidates or items")
-        return [self.catalogue.at(row) for row in range(len(self.catalogue))]
+        return self.catalogue.all()
 
     @property
     def own_prompts(self) -> bool:

@@ -80,8 +80,11 @@ def attach(
     if adapter.variant == "loftq":
         assert original is not None
         lora_start.from_quantization_error(attached, original())
-    # A projection has no way back from keys and values, and only a model with a cache keeps what it has read.
-    reads = adapter.method == "p_tuning" or (adapter.method == "prefix" and not adapter.prefix_projection)
+    # A projection has no way back from keys and values. What an LSTM says of two tokens is so alike at first that only
+    # large weights tell them apart, from which it does not learn.
+    reads = (adapter.method == "prefix" and not adapter.prefix_projection) or (
+        adapter.method == "p_tuning" and adapter.encoder_reparameterization_type == "MLP"
+    )
     reads &= methods.task_type(model) == "CAUSAL_LM"
     if reads and opening is not None and (text := opening(adapter.num_virtual_tokens)):
         virtual_tokens.start_as_text(attached, torch.tensor(text))

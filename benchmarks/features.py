@@ -152,7 +152,7 @@ def recalls(
         found["random"].append(K / (len(ids) - len(before)))
         found["popularity"].append(len(wanted & popular) / len(wanted))
         for name, one in recommenders.items():
-            best = {film.item_id for film in one.rank([{"item_id": i, "rating": r} for i, r in past], k=K)}
+            best = {film.item_id for film in one.rank(past, k=K)}
             found[name].append(len(wanted & best) / len(wanted))
     return found, len(found["random"]), likes
 

@@ -231,7 +231,7 @@ def load(model: Any, folder: str | Path) -> Any:
         raise ModelError(f"{folder}: no {CONFIG}; expected a folder that a peftrec run wrote (RUN/adapter)")
     from peft import get_peft_model_state_dict
 
-    expected = _read_config(folder)
+    expected = read_config(folder)
     before = [(p, _sample(p)) for p in model.parameters()]
     try:
         loaded = _wrap(model, expected)
@@ -260,7 +260,12 @@ def is_whole(folder: Path) -> bool:
     return (folder / FULL).is_file() and not (folder / CONFIG).is_file()
 
 
-def _read_config(folder: Path) -> Any:
+def read_config(folder: Path) -> Any:
+    """PEFT's config of a saved adapter.
+
+    Raises:
+        ModelError: there is none, it cannot be read, or it names what a stranger's file must not.
+    """
     from peft import PeftConfig
 
     path = folder / CONFIG

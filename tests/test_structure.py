@@ -86,6 +86,8 @@ ORDER = (
     "hub",
     "loaded_adapter",
     "loading",
+    "earlier",
+    "few_shot",
     "recommender",
     "histories",
     "pairs",

@@ -103,6 +103,8 @@ def read(name: str, revision: str | None = None) -> Earlier:
         ModelError: as `find`.
     """
     folder = find_folder(name, revision)
+    if (folder / "adapter" / PRETRAINED).is_file():
+        folder /= "adapter"
     if (folder / PRETRAINED).is_file():
         return Earlier(name, folder, read_pretrained(folder).base_model, None)
     about = artifact.read(folder)

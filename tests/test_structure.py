@@ -88,6 +88,7 @@ ORDER = (
     "loading",
     "earlier",
     "few_shot",
+    "pretraining",
     "recommender",
     "histories",
     "pairs",

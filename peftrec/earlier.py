@@ -169,6 +169,8 @@ def take_over(model: Any, start: Earlier, task: str, *, stacked: bool = False) -
             f"start.adapter: {start.folder / adapters.WEIGHTS} cannot be read ({one_line(error)}); fetch the adapter "
             "again"
         ) from error
+    if start.about is None:
+        state = _of_the_trunk(state, fresh)
     if start.about is None or start.about.task != task:
         state = {key: tensor for key, tensor in state.items() if not _in_head(key, theirs)}
         state |= {key: tensor for key, tensor in fresh.items() if _in_head(key, ours)}
@@ -183,6 +185,14 @@ def take_over(model: Any, start: Earlier, task: str, *, stacked: bool = False) -
 
 def _in_head(key: str, config: Any) -> bool:
     return any(f".{head}." in key for head in getattr(config, "modules_to_save", None) or ())
+
+
+def _of_the_trunk(state: dict[str, torch.Tensor], fresh: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What was pretrained, without the layers that make words, and with a new pooler, which reads a whole text."""
+    parts = {key.split(".")[2] for key in fresh}  # of base_model.model.PART
+    return {key: tensor for key, tensor in state.items() if key.split(".")[2] in parts} | {
+        key: tensor for key, tensor in fresh.items() if ".pooler." in key
+    }
 
 
 def _check_alike(name: str, ours: Any, theirs: Any, free: tuple[str, ...]) -> None:

@@ -13,11 +13,8 @@ puts it into docs/.
 from __future__ import annotations
 
 import argparse
-import base64
 import dataclasses
 import hashlib
-import html
-import io
 import json
 import shutil
 import subprocess
@@ -30,35 +27,13 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
-from matplotlib.figure import Figure
 
-from peftrec import backbone, config, earlier, few_shot, interactions, record, schema, split
-from peftrec.bootstrap import Interval, over_seeds
+from peftrec import backbone, config, earlier, few_shot, interactions, record, schema, split, transfer_report
 from peftrec.errors import ConfigError, as_one_line
-from peftrec.looks import style
 
 ROOT = Path(__file__).parent.parent
-WAYS = {
-    "zero_shot": "zero-shot: the base model",
-    "transfer": "transfer: the source's adapter",
-    "target_only": "target only",
-    "adapted": "transfer + adaptation",
-    "stacked": "a new adapter on the source's, frozen",
-    "pretrained": "the target's texts, then target only",
-    "global_mean": "global mean",
-    "item_mean": "item mean",
-    "bias": "user+item bias",
-    "mf": "matrix factorisation",
-}
-"""Way -> what people read for it, in the order of the tables."""
-COUNTED = ("global_mean", "item_mean", "bias", "mf")
 STARTS = {"transfer": "source", "adapted": "source", "stacked": "source", "pretrained": "pretrained"}
-SHOWN = ("auc", "uauc", "accuracy", "precision", "recall", "f1")
-COMPARED = (
-    *(("adapted", "target_only"), ("adapted", "transfer"), ("adapted", "bias"), ("stacked", "target_only")),
-    *(("pretrained", "target_only"), ("transfer", "zero_shot")),
-)
-ALL = 0  # in place of K: all training events of the target
+"""Way -> the earlier adapter that it starts from."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +126,10 @@ def main() -> None:
     arguments, rest = parser.parse_known_args()
     path = Path(arguments.config)
     plan = read_plan(path, arguments)
-    words = {name: side_words(plan, name, path, rest) for name in ("target", "source", "pretrain")}
+    sides = ["target"]
+    sides += ["source"] if plan.source.adapter is None else []
+    sides += ["pretrain"] if "pretrained" in plan.ways else []
+    words = {name: side_words(plan, name, path, rest) for name in sides}
     setting = prepare(plan, words)
     folder = Path(plan.output_dir)
     found: dict[tuple[str, int], list[list[float]]] = {}
@@ -224,11 +202,17 @@ def prepare(plan: Plan, words: Mapping[str, Sequence[str]]) -> Setting:
         facts = overlap(source, target)
         run("finetune.py", [*words["source"], "--resume"])
     starts = {"source": earlier.read(plan.source.adapter or f"{plan.output_dir}/source", plan.source.revision)}
+    if plan.source.adapter is not None and (about := starts["source"].about) is not None:
+        facts = [f"Source: the adapter {starts['source'].facts()['name']}, trained on {about.data.name}."]
     if "pretrained" in plan.ways:
         run("pretrain.py", [*words["pretrain"], "--resume"])
         starts["pretrained"] = earlier.read(f"{plan.output_dir}/pretrain")
     backbone.quiet()
     log, sha256 = loaded(target)
+    if plan.source.adapter is not None:
+        facts.append(
+            f"Target: {int((log.split == split.TRAIN).sum()):,} training events on {log.items.height:,} items."
+        )
     tests = np.flatnonzero(log.split == split.TEST)
     rows = few_shot.tested_rows(log, plan.test.rows, plan.test.of_one, target.seed)
     facts.append(
@@ -278,7 +262,7 @@ def run(script: str, words: Sequence[str]) -> None:
 
 def cells(plan: Plan) -> Iterator[Cell]:
     """In the order in which they are measured: seed by seed, so that an interrupted run has whole seeds."""
-    yield Cell("counted", ALL, 0)
+    yield Cell("counted", transfer_report.ALL, 0)
     yield from (Cell(way, 0, 0) for way in ("zero_shot", "transfer"))
     for seed in plan.seeds:
         for k in map(int, plan.samples):
@@ -289,12 +273,12 @@ def measured(cell: Cell, setting: Setting, plan: Plan, folder: Path) -> dict[str
     """Way -> log-odds of the test rows; read where they were measured before."""
     steps = plan.samples.get(str(cell.k), 0)
     recipe = dataclasses.replace(setting.recipe, seed=cell.seed or setting.recipe.seed)
-    if cell.k:
+    if cell.k > 0:
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, max_steps=steps))
     else:
         recipe = dataclasses.replace(recipe, adapter=config.Adapter(method="none"))
     start = setting.starts.get(STARTS.get(cell.way, ""))
-    about = config.recipe_to_dict(dataclasses.replace(recipe, output_dir="-"))
+    about = differing(recipe)
     key = json.dumps([dataclasses.asdict(cell), about, setting.sha256, setting.rows.tolist(), start and start.facts()])
     digest = hashlib.sha256(key.encode()).hexdigest()
     path = folder / "cells" / f"{cell.way}-{cell.k}-{cell.seed}.json"
@@ -302,7 +286,7 @@ def measured(cell: Cell, setting: Setting, plan: Plan, folder: Path) -> dict[str
         return dict(known["scores"])
     print(f"{cell.way}, K = {cell.k}, seed {cell.seed}", flush=True)
     begin = time.perf_counter()
-    log = split.few(setting.log, cell.k, cell.seed) if cell.k else setting.log
+    log = split.few(setting.log, cell.k, cell.seed) if cell.k > 0 else setting.log
     rows = np.flatnonzero(log.split == split.TEST)[setting.rows]
     if cell.way == "counted":
         scores = few_shot.counted(log, rows, recipe.seed)
@@ -319,7 +303,15 @@ def measured(cell: Cell, setting: Setting, plan: Plan, folder: Path) -> dict[str
     return dict(kept["scores"])
 
 
-# --- the report -------------------------------------------------------------------------------------------------------
+def differing(recipe: config.Recipe) -> dict[str, Any]:
+    """What of a recipe bears on its scores and is not the default, so that a new option elsewhere changes nothing."""
+    usual = config.Recipe(data=config.Data(), output_dir=recipe.output_dir)
+    values, defaults = (flat(dataclasses.asdict(one)) for one in (recipe, usual))
+    return {
+        key: value
+        for key, value in values.items()
+        if value != defaults[key] and not key.startswith(("eval.", "hub.", "card."))
+    }
 
 
 def write(
@@ -329,130 +321,23 @@ def write(
     log, folder = setting.log, Path(plan.output_dir)
     rows = np.flatnonzero(log.split == split.TEST)[setting.rows]
     label, user, item = log.label[rows], log.user[rows], log.item[rows]
-    names = {f"{way} {k}": (way, k) for way, k in found}
-    pairs = [
-        (f"{a} {k}", f"{b} {place}") for a, b in COMPARED for k in sorted({k for _, k in found}) for place in {k, 0}
-    ]
-    pairs = [(a, b) for a, b in pairs if a in names and b in names and names[b] != ("bias", ALL)]
-    figures, differences = over_seeds(
-        label,
-        {name: found[key] for name, key in names.items()},
-        user,
-        pairs,
-        setting.recipe.eval.bootstrap,
-        setting.recipe.seed,
-    )
-    shown = {
-        name: float(np.mean([few_shot.coverage(item, user, np.asarray(one)) for one in found[key]]))
-        for name, key in names.items()
-    }
-    ranked = sorted(
-        names,
-        key=lambda one: (
-            names[one][1] or (-1 if names[one][0] in STARTS or names[one][0] == "zero_shot" else 10**9),
-            list(WAYS).index(names[one][0]),
-        ),
-    )
-    first = [["K", "way", "seeds", "AUC", "uauc", *(key for key in SHOWN[2:]), f"coverage@{few_shot.BEST}"]]
-    for one in ranked:
-        way, k = names[one]
-        own = figures[one]
-        spread = np.std(
-            [over_seeds(label, {one: [scores]}, user, [], 0)[0][one]["auc"].point for scores in found[way, k]]
-        )
-        first.append(
-            [
-                "all" if way in COUNTED and k == ALL else str(k),
-                WAYS[way],
-                f"{len(found[way, k])}" + (f" (sd {spread:.3f})" if len(found[way, k]) > 1 else ""),
-                cell_text(own["auc"]),
-                cell_text(own["uauc"]),
-                *(f"{own[key].point:.3f}" for key in SHOWN[2:]),
-                f"{shown[one]:.3f}",
-            ]
-        )
-    second = [["K", "difference", "AUC", "uauc"]]
-    for a, b in sorted(pairs, key=lambda pair: names[pair[0]][1]):
-        words = f"{WAYS[names[a][0]]} minus {WAYS[names[b][0]]}"
-        second.append([str(names[a][1]), words, *(cell_text(differences[a, b][key], "+") for key in SHOWN[:2])])
-    figure = picture({names[one]: own["auc"] for one, own in figures.items()})
-    facts = " ".join(setting.facts)
-    legend = (
-        "Figures are means over the seeds; [low, high]: 95% interval over "
-        f"{setting.recipe.eval.bootstrap:,} resamples of the people, sd: standard deviation of the seeds' AUC. A test row "
-        "knows the K training events and its own person's earlier events of the target. "
-        f"coverage@{few_shot.BEST}: share of the tested items that are among somebody's {few_shot.BEST} best."
-    )
-    text = f"{facts}\n\n{markdown(first)}\n\n{legend}\n\n{markdown(second)}\n"
-    (folder / "transfer.md").write_text(text)
-    figure.savefig(folder / "transfer.png", dpi=150, metadata={"Software": None})
-    (folder / "report.html").write_text(page(name, facts, first, legend, second, figure))
-    columns = {f"{one} seed {place}": scores for one, key in names.items() for place, scores in enumerate(found[key])}
+    resamples, seed = setting.recipe.eval.bootstrap, setting.recipe.seed
+    told = transfer_report.report(found, label, user, item, " ".join(setting.facts), resamples=resamples, seed=seed)
+    (folder / "transfer.md").write_text(told.markdown())
+    told.picture.savefig(folder / "transfer.png", dpi=150, metadata={"Software": None})
+    (folder / "report.html").write_text(told.page(name))
     about = {"user_id": log.user_ids[user], "item_id": log.items["item_id"][item], "label": label}
+    columns = {
+        f"{way} K={k} draw={draw}": scores for (way, k), several in found.items() for draw, scores in enumerate(several)
+    }
     pl.DataFrame({**about, **columns}).write_parquet(folder / "scores.parquet")
-    print(f"\n{text}\n{folder}/report.html, transfer.md, transfer.png, scores.parquet")
+    print(f"\n{told.markdown()}\n{folder}: report.html, transfer.md, transfer.png, scores.parquet")
     if to_docs:
         sys.path.insert(0, str(ROOT / "benchmarks"))
         from pages import put
 
-        put(name, text, ROOT / "docs/transfer.md")
+        put(name, told.markdown(), ROOT / "docs/transfer.md")
         (ROOT / f"docs/{name}.png").write_bytes((folder / "transfer.png").read_bytes())
-
-
-def cell_text(one: Interval, sign: str = "") -> str:
-    return f"{one.point:{sign}.3f} [{one.low:{sign}.3f}, {one.high:{sign}.3f}]"
-
-
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in table]
-    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
-
-
-def page(
-    name: str, facts: str, first: Sequence[Sequence[str]], legend: str, second: Sequence[Sequence[str]], figure: Figure
-) -> str:
-    """All of it as one file that needs no other."""
-
-    def rows(table: Sequence[Sequence[str]]) -> str:
-        return "".join(
-            "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-            for row, tag in zip(table, ["th"] + ["td"] * (len(table) - 1), strict=True)
-        )
-
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=120)
-    image = base64.b64encode(drawn.getvalue()).decode()
-    look = "body{font:16px sans-serif;max-width:70em;margin:2em auto}td,th{padding:.2em .7em;text-align:left}"
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(name)}</title><style>{look}</style>"
-        f"<h1>{html.escape(name)}</h1><p>{html.escape(facts)}</p><table>{rows(first)}</table><p>{html.escape(legend)}</p>"
-        f"<table>{rows(second)}</table><img alt='AUC by K' src='data:image/png;base64,{image}'></html>\n"
-    )
-
-
-def picture(auc: Mapping[tuple[str, int], Interval]) -> Figure:
-    """AUC over K, a line for each way; what knows no sample is a level line."""
-    with style():
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        axes = figure.subplots()
-        for place, way in enumerate(WAYS):
-            known = sorted(k for found, k in auc if found == way and (k or way in ("zero_shot", "transfer")))
-            if not known or way == "global_mean":
-                continue
-            colour, line = f"C{place}", "--" if way in COUNTED else "-"
-            if known == [0]:
-                axes.axhline(auc[way, 0].point, color=colour, linestyle=":", label=WAYS[way])
-                continue
-            points = [auc[way, k] for k in known]
-            axes.plot(known, [one.point for one in points], line, color=colour, marker="o", label=WAYS[way])
-            axes.fill_between(
-                known, [one.low for one in points], [one.high for one in points], color=colour, alpha=0.12
-            )
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("K, training events of the target")
-        axes.set_ylabel("test AUC, 95 % interval")
-        axes.legend(fontsize=9)
-    return figure
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def effort(record: RunRecord) -> str:
         )
     if start := adapter.get("started_from"):
         words.append(
-            f"Training started from the adapter {inline(start['name'])} (sha256 of its weights: {start['sha256'][:16]})."
+            f"Training started from the adapter {inline(start['name'])} (sha256 {start['sha256'][:16]})."
         )
     if quantized := record.model.get("quantization"):
         words.append(f"The base model was quantized while it trained: {inline(quantized)}.")

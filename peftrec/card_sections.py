@@ -241,9 +241,7 @@ def effort(record: RunRecord) -> str:
             f"{adapter['bytes']:,} bytes."
         )
     if start := adapter.get("started_from"):
-        words.append(
-            f"Training started from the adapter {inline(start['name'])} (sha256 {start['sha256'][:16]})."
-        )
+        words.append(f"Training started from the adapter {inline(start['name'])} (sha256 {start['sha256'][:16]}).")
     if quantized := record.model.get("quantization"):
         words.append(f"The base model was quantized while it trained: {inline(quantized)}.")
     return " ".join([*words, f"Seed {record.seed}. Measured on {record.created[:10]} (UTC)."])

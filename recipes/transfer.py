@@ -30,6 +30,7 @@ import polars as pl
 
 from peftrec import backbone, config, earlier, few_shot, interactions, record, schema, split, transfer_report
 from peftrec.errors import ConfigError, as_one_line
+from peftrec.values import Positive
 
 ROOT = Path(__file__).parent.parent
 STARTS = {"transfer": "source", "adapted": "source", "stacked": "source", "pretrained": "pretrained"}
@@ -77,10 +78,11 @@ class Plan:
     """For the way `pretrained`: recipes/pretrain.py on the target's texts."""
     samples: dict[str, int] = field(default_factory=lambda: {"64": 20})
     """K, the number of the target's training events -> optimizer steps on them, the same for every way."""
-    ways: list[Literal["target_only", "adapted", "stacked", "pretrained"]] = field(
-        default_factory=lambda: ["target_only", "adapted"]
+    ways: dict[Literal["target_only", "adapted", "stacked", "pretrained"], Positive] = field(
+        default_factory=lambda: {"target_only": 1e-3, "adapted": 3e-4}
     )
-    """What is trained on the K samples; zero-shot and transfer are measured without."""
+    """What is trained on the K samples -> its learning rate: what has learned already wants a lower one. Zero-shot and
+    transfer are measured without."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Each draws other samples, other initial weights and another order."""
     test: Tested = field(default_factory=Tested)
@@ -274,7 +276,10 @@ def measured(cell: Cell, setting: Setting, plan: Plan, folder: Path) -> dict[str
     steps = plan.samples.get(str(cell.k), 0)
     recipe = dataclasses.replace(setting.recipe, seed=cell.seed or setting.recipe.seed)
     if cell.k > 0:
-        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, max_steps=steps))
+        how = dataclasses.replace(
+            recipe.train, max_steps=steps, learning_rate=plan.ways.get(cell.way, recipe.train.learning_rate)
+        )
+        recipe = dataclasses.replace(recipe, train=how)
     else:
         recipe = dataclasses.replace(recipe, adapter=config.Adapter(method="none"))
     start = setting.starts.get(STARTS.get(cell.way, ""))

@@ -64,7 +64,7 @@ def plan(tiny_llama_folder: Path, tmp_path: Path) -> Path:
         "target": {"recipe": "base.yaml", "changes": {"data": {"items_where": {"genre": ["Comedy"]}}}},
         "samples": {"16": 2, "32": 3},
         "seeds": [1, 2],
-        "ways": ["target_only", "adapted", "stacked"],
+        "ways": {"target_only": 1e-2, "adapted": 1e-2, "stacked": 1e-2},
         "test": {"rows": 40, "of_one": 4},
         "output_dir": str(tmp_path / "out"),
     }
@@ -153,7 +153,7 @@ def test_cells_are_measured_once_and_told_in_one_report(
     ("change", "words", "message"),
     [
         ({"seed": 1}, [], "seed: unknown key; did you mean seeds?"),
-        ({"ways": ["adpted"]}, [], "'adpted'; expected one of target_only, adapted"),
+        ({"ways": {"adpted": 1}}, [], "'adpted'; expected one of target_only, adapted"),
         ({}, ["--samples", "17"], "samples: 17; expected some of 16, 32, whole numbers from 1"),
         ({"target": {}}, [], "target.recipe: missing; expected the file of a recipe"),
         ({}, ["--train.max_steps", "3"], "command line: --train.max_steps; expected --target.KEY, --source.KEY"),

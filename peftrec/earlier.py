@@ -11,6 +11,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -18,8 +19,9 @@ from safetensors.torch import load_file
 
 from peftrec import adapters, artifact, lora_start
 from peftrec.backbone import BaseModel
-from peftrec.config import Recipe
+from peftrec.config import Adapter, Recipe
 from peftrec.errors import ModelError
+from peftrec.loading import HUB_ID
 from peftrec.loading import find as find_folder
 from peftrec.methods import one_line
 from peftrec.prompts import Codec, WholeText
@@ -41,6 +43,17 @@ _ALIKE = {
     "non_linearity": "adapter.non_linearity",
     "num_virtual_tokens": "adapter.num_virtual_tokens",
 }
+
+FREE_BELOW_ANOTHER = ("r", "lora_alpha", "use_rslora")
+PEFT_TYPES = {
+    "lora": "LORA",
+    "bottleneck": "BOTTLENECK",
+    "prefix": "PREFIX_TUNING",
+    "prompt": "PROMPT_TUNING",
+    "ia3": "IA3",
+    "ln_tuning": "LN_TUNING",
+}
+"""Methods that can start from an earlier adapter -> PEFT's names."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,35 @@ def find(recipe: Recipe) -> Earlier | None:
         HubError: it is not on the Hub, or not safe to read.
         ModelError: there is no such folder, or it holds no adapter to start from.
     """
-    return None if recipe.start.adapter is None else read(recipe.start.adapter, recipe.start.revision)
+    if recipe.start.adapter is None:
+        return None
+    start = read(recipe.start.adapter, recipe.start.revision)
+    free = FREE_BELOW_ANOTHER if recipe.start.stack else ()
+    _check_alike(start.name, _settings(recipe.adapter), adapters.read_config(start.folder), free)
+    return start
+
+
+def is_local(recipe: Recipe) -> bool:
+    """Whether `start.adapter` names no adapter on the Hub."""
+    name = recipe.start.adapter or ""
+    return Path(name).expanduser().is_dir() or not HUB_ID.fullmatch(name)
+
+
+def _settings(adapter: Adapter) -> Any:
+    """What of the recipe's adapter must be the earlier one's, under PEFT's names."""
+    lora, virtual = adapter.method == "lora", adapter.method in ("prefix", "prompt")
+    of_bottleneck = {
+        "variant": adapter.variant or "houlsby",
+        "reduction_factor": adapter.reduction_factor,
+        "non_linearity": adapter.non_linearity,
+    }
+    return SimpleNamespace(
+        peft_type=SimpleNamespace(value=PEFT_TYPES[adapter.method]),
+        **({"r": adapter.r, "lora_alpha": adapter.lora_alpha} if lora else {}),
+        **({"use_rslora": adapter.variant == "rslora", "use_dora": adapter.variant == "dora"} if lora else {}),
+        **(of_bottleneck if adapter.method == "bottleneck" else {}),
+        **({"num_virtual_tokens": adapter.num_virtual_tokens} if virtual else {}),
+    )
 
 
 def read(name: str, revision: str | None = None) -> Earlier:
@@ -158,7 +199,7 @@ def take_over(model: Any, start: Earlier, task: str, *, stacked: bool = False) -
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     ours, theirs = model.peft_config["default"], adapters.read_config(start.folder)
-    _check_alike(start.name, ours, theirs, ("r", "lora_alpha", "use_rslora") if stacked else ())
+    _check_alike(start.name, ours, theirs, FREE_BELOW_ANOTHER if stacked else ())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fresh = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -196,7 +237,7 @@ def _of_the_trunk(state: dict[str, torch.Tensor], fresh: dict[str, torch.Tensor]
 
 
 def _check_alike(name: str, ours: Any, theirs: Any, free: tuple[str, ...]) -> None:
-    if ours.peft_type != theirs.peft_type:
+    if ours.peft_type.value != theirs.peft_type.value:
         raise ModelError(
             f"start.adapter: {name} is {theirs.peft_type.value}, the recipe's method is {ours.peft_type.value}; set "
             "adapter.method to the same, or start from another adapter"

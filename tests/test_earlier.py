@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from saved import save_adapter, tiny_bert
 
-from peftrec import adapters, artifact, backbone, config, earlier, encode, scorer
+from peftrec import adapters, artifact, backbone, cli, config, earlier, encode, scorer
 from peftrec.coherence import conflicts
 from peftrec.errors import ModelError
 from peftrec.target import Target
@@ -194,6 +194,27 @@ def test_recipes_that_cannot_start_so(adapter: dict[str, Any], start: dict[str, 
         start=config.Start(**start),
     )
     assert [found for found, *_ in conflicts(recipe)] == [key]
+
+
+def test_validate_looks_into_a_local_start(
+    lora: earlier.Earlier, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"data: {{name: ml-100k}}\nadapter: {{r: 4, lora_alpha: 8}}\nstart: {{adapter: {lora.name}}}\noutput_dir: x\n"
+    )
+    assert cli.main(["validate", str(recipe)]) == 0
+    assert f"start    {lora.name}" in capsys.readouterr().out
+    assert cli.main(["validate", str(recipe), "--adapter.r", "8", "--start.stack", "true"]) == 0
+    for change, message in {
+        ("--adapter.r", "8"): "has r 4, the recipe's adapter 8; set adapter.r to the same",
+        ("--adapter.method", "prompt"): "is LORA, the recipe's method is PROMPT_TUNING",
+        ("--start.adapter", f"{lora.name}/nowhere"): "no such folder",
+    }.items():
+        more = ["--adapter.r", "null", "--adapter.lora_alpha", "null"] if change[1] == "prompt" else []
+        assert cli.main(["validate", str(recipe), *change, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["validate", str(recipe), "--start.adapter", "me/films"]) == 0, "the Hub is not asked"
 
 
 def test_a_broken_or_foreign_folder(tmp_path: Path, load_tiny: Callable[..., Any]) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from peftrec import adapters, backbone, config
+from peftrec import adapters, backbone, config, processes
 from peftrec.errors import ConfigError, DataError, ModelError
 from peftrec.interactions import drawn_order
 from peftrec.target import Target
@@ -59,12 +59,14 @@ def check(recipe: config.Recipe) -> None:
     """Check that the recipe's adapter can be trained on texts.
 
     Raises:
-        ConfigError: its method cannot.
+        ConfigError: its method cannot, or the model is quantized, or there are several processes.
     """
     if recipe.adapter.method not in METHODS:
         raise ConfigError(
             f"adapter.method: {recipe.adapter.method}; pretraining takes {', '.join(METHODS)}; choose one of them"
         )
+    if (number := processes.group().num_processes) > 1:
+        raise ConfigError(f"accelerate: {number} processes; pretraining runs in one; start it with python")
     if recipe.model.load_in_4bit or recipe.model.load_in_8bit:
         raise ConfigError("model: quantized; pretraining loads it whole; leave load_in_4bit and load_in_8bit out")
 
@@ -168,6 +170,7 @@ class TextTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective: Objective = objective
+        self.loss_is_scaled_for_ga = False  # a mean of its own batch, of which Trainer takes the mean over a step's
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ _LEGEND = (
     "Figures are means over the seeds; [low, high]: 95% interval over {resamples:,} resamples of the people; sd: "
     "standard deviation of the seeds' AUC. A test row knows the K training events and its own person's earlier "
     "events of the target, and what counts knows the same. coverage: share of the tested items that are among "
-    "somebody's {best} best."
+    "somebody's {best} best; uauc: AUC within each person, then the mean; -: not defined."
 )
 
 Found = Mapping[tuple[str, int], Sequence[Sequence[float]]]
@@ -121,7 +122,7 @@ def report(
         each = [over_seeds(label, {name: [one]}, user, [], 0)[0][name]["auc"].point for one in several]
         covered = np.mean([coverage(item, user, np.asarray(one)) for one in several])
         spread = f" (sd {np.std(each):.3f})" if len(each) > 1 else ""
-        plain = [*(f"{own[key].point:.3f}" for key in SHOWN), f"{covered:.3f}"]
+        plain = [*(_plain(own[key].point) for key in SHOWN), f"{covered:.3f}"]
         told = "all" if k == ALL else str(k)
         figures.append([told, WAYS[way], f"{len(each)}{spread}", _cell(own["auc"]), _cell(own["uauc"]), *plain])
     differences = [["K", "difference", "AUC", "uauc"]]
@@ -143,6 +144,10 @@ def report(
 def _place(key: tuple[str, int]) -> tuple[float, int]:
     way, k = key
     return (float("inf") if k == ALL else k), list(WAYS).index(way)
+
+
+def _plain(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def _cell(one: Interval, sign: str = "") -> str:

@@ -140,6 +140,8 @@ def test_what_cannot_be_pretrained(tiny_llama_folder: Path, monkeypatch: pytest.
         ConfigError, match=r"adapter.method: prefix; pretraining takes lora, bottleneck, ia3, ln_tuning"
     ):
         pretraining.check(recipe_for(tiny_llama_folder, adapter={"method": "prefix"}))
+    with pytest.raises(ConfigError, match=r"model: quantized; pretraining loads it whole"):
+        pretraining.check(recipe_for(tiny_llama_folder, model={"load_in_4bit": True}))
     monkeypatch.setattr(pretraining, "LOGITS_CHANGED_BY", ("hidden_size",))
     with pytest.raises(ModelError, match=r"makes words by more than one layer on its last states \(hidden_size\)"):
         pretraining.load(recipe_for(tiny_llama_folder))

@@ -111,7 +111,7 @@ def test_cells_are_measured_once_and_told_in_one_report(
     lines = (tmp_path / "out/transfer.md").read_text().splitlines()
     assert "0 titles are in both" in lines[0]
     assert "People are the same" not in lines[0], "two files of one's own say nothing of that"
-    assert sum(line.startswith("| 16 | ") for line in lines) == 3 + len(COUNTED) + 6
+    assert sum(line.startswith("| 16 | ") for line in lines) == 3 + len(COUNTED) + 5
     assert "| 16 | transfer + adaptation | 2 (sd" in "".join(lines)
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("<table>") == 2

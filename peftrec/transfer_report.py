@@ -169,23 +169,26 @@ def _html(table: Table) -> str:
 
 
 def picture(auc: Mapping[tuple[str, int], Interval]) -> Figure:
-    """AUC over K, a line for each way; what learned nothing from the target is a level line."""
+    """AUC for each K, a point with its interval for each way, and a line where a way has several K."""
+    steps = sorted({k for _, k in auc}, key=lambda k: _place(("zero_shot", k)))
+    ways = [way for way in WAYS if any(found == way for found, _ in auc) and way != "global_mean"]
     with style():
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = Figure(figsize=(9, 5), layout="constrained")
         axes = figure.subplots()
-        for place, way in enumerate(WAYS):
-            known = sorted(k for found, k in auc if found == way and k >= 0)
-            points: Sequence[Interval] = [auc[way, k] for k in known]
-            colour = f"C{place}"
-            if known == [0]:
-                axes.axhline(points[0].point, color=colour, linestyle=":", label=WAYS[way])
-            elif known and way != "global_mean":
-                line = "--" if way in COUNTED else "-"
-                axes.plot(known, [one.point for one in points], line, color=colour, marker="o", label=WAYS[way])
-                low, high = ([getattr(one, end) for one in points] for end in ("low", "high"))
-                axes.fill_between(known, low, high, color=colour, alpha=0.12, linewidth=0)
-        axes.set_xscale("log", base=2)
+        for place, way in enumerate(ways):
+            known = [k for k in steps if (way, k) in auc]
+            points = [auc[way, k] for k in known]
+            x = [steps.index(k) + 0.6 * ((place + 0.5) / len(ways) - 0.5) for k in known]
+            y = [one.point for one in points]
+            beyond = [[one.point - one.low for one in points], [one.high - one.point for one in points]]
+            marker, line = ("s", ":") if way in COUNTED else ("o", "-")
+            joined = line if len([k for k in known if k > 0]) > 1 else "none"
+            axes.errorbar(
+                x, y, yerr=beyond, fmt=marker, linestyle=joined, capsize=3, color=f"C{place}", label=WAYS[way]
+            )
+        axes.axhline(0.5, color="black", linewidth=1, linestyle=(0, (1, 3)))
+        axes.set_xticks(range(len(steps)), ["all" if k == ALL else str(k) for k in steps])
         axes.set_xlabel("K, training events of the target")
         axes.set_ylabel("test AUC, 95 % interval")
-        axes.legend(fontsize=9)
+        axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -341,7 +341,7 @@ def write(
         sys.path.insert(0, str(ROOT / "benchmarks"))
         from pages import put
 
-        put(name, told.markdown(), ROOT / "docs/transfer.md")
+        put(name, f"{told.markdown()}\n![AUC for each K, with intervals]({name}.png)", ROOT / "docs/transfer.md")
         (ROOT / f"docs/{name}.png").write_bytes((folder / "transfer.png").read_bytes())
 
 

@@ -283,9 +283,8 @@ def measured(cell: Cell, setting: Setting, plan: Plan, folder: Path) -> dict[str
     else:
         recipe = dataclasses.replace(recipe, adapter=config.Adapter(method="none"))
     start = setting.starts.get(STARTS.get(cell.way, ""))
-    about = differing(recipe)
-    key = json.dumps([dataclasses.asdict(cell), about, setting.sha256, setting.rows.tolist(), start and start.facts()])
-    digest = hashlib.sha256(key.encode()).hexdigest()
+    known_by = [dataclasses.asdict(cell), differing(recipe), setting.sha256, setting.rows.tolist()]
+    digest = hashlib.sha256(json.dumps([*known_by, start and start.facts()]).encode()).hexdigest()
     path = folder / "cells" / f"{cell.way}-{cell.k}-{cell.seed}.json"
     if path.is_file() and (known := json.loads(path.read_text()))["key"] == digest:
         return dict(known["scores"])
@@ -312,11 +311,8 @@ def differing(recipe: config.Recipe) -> dict[str, Any]:
     """What of a recipe bears on its scores and is not the default, so that a new option elsewhere changes nothing."""
     usual = config.Recipe(data=config.Data(), output_dir=recipe.output_dir)
     values, defaults = (flat(dataclasses.asdict(one)) for one in (recipe, usual))
-    return {
-        key: value
-        for key, value in values.items()
-        if value != defaults[key] and not key.startswith(("eval.", "hub.", "card."))
-    }
+    idle = ("eval.", "hub.", "card.", *(("train.",) if recipe.adapter.method == "none" else ()))
+    return {key: value for key, value in values.items() if value != defaults[key] and not key.startswith(idle)}
 
 
 def write(

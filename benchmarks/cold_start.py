@@ -1,10 +1,11 @@
 """What adapters know of new films and of new people, into docs/transfer.md.
 
-python benchmarks/cold_start.py runs/ml-100k-cold-item runs/compare-methods/lora
+python benchmarks/cold_start.py new_people runs/compare-methods/lora
+python benchmarks/cold_start.py new_films runs/ml-100k-cold-item
 
-The first is a run of recipes/configs/ml-100k/click_cold.yaml: test films have no event in training. The second is any
-run without a prior that was split by time: of its test rows those of people without a training event are asked with an
-empty history, so that a film has one score for all of them.
+`new_films` takes a run of recipes/configs/ml-100k/click_cold.yaml: test films have no event in training. `new_people`
+takes any run without a prior that was split by time: of its test rows those of people without a training event are
+asked with an empty history, so that a film has one score for all of them.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ SCORERS = ("adapter", "base_model", "item_mean", "bias", "popularity", "global_m
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("films", help="output_dir of a run that held films out")
-    parser.add_argument("people", help="output_dir of a run that was split by time")
+    parser.add_argument("place", choices=["new_films", "new_people"], help="whose markers")
+    parser.add_argument("run", help="output_dir of a finished run")
     arguments = parser.parse_args()
-    put("cold_start", f"{new_films(arguments.films)}\n\n{new_people(arguments.people)}", PAGE.parent / "transfer.md")
+    text = {"new_films": new_films, "new_people": new_people}[arguments.place](arguments.run)
+    put(arguments.place, text, PAGE.parent / "transfer.md")
 
 
 def new_films(run: str) -> str:

@@ -76,6 +76,8 @@ def idle(recipe: Any) -> dict[str, str]:
         (method == "none", "adapter.method", _keys(recipe.train, "train.") + " eval.base_model"),
         (method == "none", "adapter.method", _keys(recipe.card, "card.") + " start.adapter"),
         (recipe.start.adapter is None, "start.adapter", "start.revision start.stack"),
+        (recipe.task == "rating", "task", "train.pairwise"),
+        (layout == "pointwise", "prompt.layout", "train.pairwise"),
         (recipe.train.lr_scheduler_type == "constant", "train.lr_scheduler_type", "train.warmup_steps"),
         (recipe.score.head == "linear", "score.head", "score.loss"),
         (recipe.score.head != "tokens", "score.head", "eval.base_model"),

@@ -280,6 +280,9 @@ class Train:
     order: Literal["time", "random"] = "time"
     """A training event sees the events before it in time, or any others of its user in an order drawn by the seed: for
     random folds, where a row to predict knows later events too."""
+    pairwise: NotNegative = 0.0
+    """Weight of a second loss beside that of each event: a window's liked events should score above its others (clicks,
+    timeline). 0 leaves it out."""
     metric_for_best_model: Literal["loss", "auc", "uauc", "rmse", "mae"] = "loss"
     """Validation metric that chooses the checkpoint to keep."""
     logging_steps: Count = 10
@@ -309,10 +312,12 @@ class Eval:
     user_groups: Annotated[list[Text], Distinct] = field(default_factory=list)
     """Columns of the users table (age, gender) by which test rows are reported apart, too."""
     baselines: Annotated[
-        list[Literal["user_mean", "item_mean", "bias", "mf", "item_knn", "svd", "svdpp", "popularity"]], Distinct
+        list[Literal["user_mean", "item_mean", "bias", "mf", "item_knn", "svd", "svdpp", "gbdt", "popularity"]],
+        Distinct,
     ] = field(default_factory=lambda: ["item_mean", "bias", "popularity"])
     """Scorers reported beside the model. `user_mean` is for ratings, `mf` is matrix factorisation by alternating least
-    squares; `item_knn`, `svd` and `svdpp` need the extra: pip install 'peftrec[baselines]'."""
+    squares; `item_knn`, `svd`, `svdpp` and `gbdt` (boosted trees on counts and genres) need the extra: pip install
+    'peftrec[baselines]'."""
     base_model: bool = True
     """Also score the base model without the adapter."""
     max_valid_rows: Count | None = None

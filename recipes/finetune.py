@@ -36,6 +36,7 @@ from peftrec import (
     methods,
     metrics,
     opponents,
+    prepared,
     processes,
     record,
     report,
@@ -75,8 +76,7 @@ def main() -> None:
         say(f"warning: {mistake}")
 
     # Data: tables -> one log of events, each in one split.
-    data = interactions.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
-    log = split.split(data, recipe.data.split, recipe.seed)
+    data, log = prepared.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
     if recipe.data.train_events is not None:
         log = split.few(log, recipe.data.train_events, recipe.seed)
     for warning in data.warnings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,8 @@ def test_few_are_the_first_events_of_several_people() -> None:
         label=[0, 1] * 30,
         split=([0] * 8 + [1, 2]) * 6,
     )
-    few = split.few(log, 12, seed=1)
+    few = split.few(dataclasses.replace(log, key="kept"), 12, seed=1)
+    assert few.key is None, "what was kept of the whole log is not this one's"
     train = few.split == split.TRAIN
     people, counts = np.unique(few.user[train], return_counts=True)
     assert counts.tolist() == [3] * 4

@@ -49,7 +49,7 @@ def idle(recipe: Any) -> dict[str, str]:
     cases = (
         (data.name, "data.name", "data.items data.users data.columns data.hub_revision"),
         (own_files, source, "data.hub_revision"),
-        (data.records, "data.records", "data.items data.users data.like_at data.rating_range"),
+        (data.records, "data.records", "data.items data.users data.items_where data.like_at data.rating_range"),
         (data.records, "data.records", "prompt.item prompt.user prompt.header prompt.history prompt.max_history"),
         (data.records, "data.records", "eval.user_groups"),
         (recipe.prompt.user is None and not recipe.eval.user_groups, "prompt.user", "data.users"),
@@ -74,7 +74,8 @@ def idle(recipe: Any) -> dict[str, str]:
             "adapter.encoder_num_layers",
         ),
         (method == "none", "adapter.method", _keys(recipe.train, "train.") + " eval.base_model"),
-        (method == "none", "adapter.method", _keys(recipe.card, "card.")),
+        (method == "none", "adapter.method", _keys(recipe.card, "card.") + " start.adapter"),
+        (recipe.start.adapter is None, "start.adapter", "start.revision start.stack"),
         (recipe.task == "rating", "task", "train.pairwise"),
         (layout == "pointwise", "prompt.layout", "train.pairwise"),
         (recipe.train.lr_scheduler_type == "constant", "train.lr_scheduler_type", "train.warmup_steps"),

@@ -219,12 +219,12 @@ class MarkedWindows(TimelineWindows):
     """Windows of events whose ids hold the numbers of their vectors.
 
     Args:
+        windows: the windows without them.
         numbers: of each event of the log (n,).
-        *args: as of `TimelineWindows`, as all others.
     """
 
-    def __init__(self, numbers: Ints, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, windows: TimelineWindows, numbers: Ints) -> None:
+        vars(self).update(vars(windows))
         self._numbers = numbers
 
     def arrays(self, index: int) -> dict[str, np.ndarray]:

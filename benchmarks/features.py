@@ -74,7 +74,9 @@ def recall(given: argparse.Namespace) -> str:
     columns = {}
     for name, held in splits.items():
         print(f"{name}: {held.sum():,} rows held out", flush=True)
-        found, users, likes = recalls(log, held, recommenders)
+        folder = given.work / name
+        folder.mkdir(exist_ok=True)
+        found, users, likes = recalls(log, held, recommenders, folder)
         rates = bootstrap.of_means(found).intervals
         columns[f"{name}: {users} people, {likes:,} likes"] = {one: rate["mean"] for one, rate in rates.items()}
     lines = [
@@ -131,30 +133,40 @@ def without_training(items: pl.DataFrame) -> dict[str, FeatureRecommender]:
 
 
 def recalls(
-    log: split.Log, held: np.ndarray, recommenders: dict[str, FeatureRecommender]
+    log: split.Log, held: np.ndarray, recommenders: dict[str, FeatureRecommender], folder: Path
 ) -> tuple[dict[str, list[float]], int, int]:
-    """Recommender -> recall of each person; and the numbers of people and of their held-out likes."""
+    """Recommender -> recall of each person; and the numbers of people and of their held-out likes.
+
+    What was measured is kept in `folder`: a run that was stopped goes on.
+    """
     ids = log.items["item_id"].to_list()
     seen = np.bincount(log.item[~held], minlength=len(ids))
-    found: dict[str, list[float]] = {name: [] for name in ("random", "popularity", *recommenders)}
-    likes = 0
     assert log.rating is not None
+    asked = []  # of each person: what was met before, its rows, and what was liked later
     for rows in np.split(np.arange(len(log)), np.cumsum(np.bincount(log.user))[:-1]):
         before, after = rows[~held[rows]], rows[held[rows]]
         wanted = {ids[item] for item in log.item[after][log.label[after] == 1]}
-        if not wanted or not (log.label[before] == 1).any():
-            continue
-        likes += len(wanted)
-        past = list(zip([ids[i] for i in log.item[before]], log.rating[before].tolist(), strict=True))
+        if wanted and (log.label[before] == 1).any():
+            past = list(zip([ids[i] for i in log.item[before]], log.rating[before].tolist(), strict=True))
+            asked.append((past, log.item[before], wanted))
+
+    def popular(items: np.ndarray) -> set[Any]:
         count = seen.astype(float)
-        count[log.item[before]] = -1
-        popular = {ids[i] for i in np.argsort(-count, kind="stable")[:K]}
-        found["random"].append(K / (len(ids) - len(before)))
-        found["popularity"].append(len(wanted & popular) / len(wanted))
-        for name, one in recommenders.items():
-            best = {film.item_id for film in one.rank(past, k=K)}
-            found[name].append(len(wanted & best) / len(wanted))
-    return found, len(found["random"]), likes
+        count[items] = -1
+        return {ids[i] for i in np.argsort(-count, kind="stable")[:K]}
+
+    found = {
+        "random": [K / (len(ids) - len(past)) for past, *_ in asked],
+        "popularity": [len(wanted & popular(items)) / len(wanted) for _, items, wanted in asked],
+    }
+    for name, one in recommenders.items():
+        kept = folder / f"recall {name}.npy"
+        if not kept.exists():
+            best = [{film.item_id for film in one.rank(past, k=K)} for past, *_ in asked]
+            np.save(kept, [len(of & wanted) / len(wanted) for of, (*_, wanted) in zip(best, asked, strict=True)])
+        found[name] = np.load(kept).tolist()
+        print(f"{name}: {np.mean(found[name]):.4f}", flush=True)
+    return found, len(asked), sum(len(wanted) for *_, wanted in asked)
 
 
 # --- in a click model -------------------------------------------------------------------------------------------------

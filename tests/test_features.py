@@ -12,7 +12,8 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from saved import FILMS, save_adapter, save_run
+from samples import FILMS
+from saved import save_adapter, save_run
 from test_docs import ROOT, YOUR_DATA, blocks
 from test_plug_in import FENCE
 

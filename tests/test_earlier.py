@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from saved import save_adapter, tiny_bert
 
 from peftrec import adapters, artifact, backbone, cli, config, earlier, encode, scorer
-from peftrec.coherence import conflicts
 from peftrec.errors import ModelError
 from peftrec.target import Target
 
@@ -174,26 +173,6 @@ def test_facts_name_no_folder_of_this_machine(lora: earlier.Earlier) -> None:
     found = lora.facts()
     assert "/" not in found["name"]
     assert len(found["sha256"]) == 64
-
-
-@pytest.mark.parametrize(
-    ("adapter", "start", "key"),
-    [
-        ({"method": "p_tuning"}, {"adapter": "x"}, "start.adapter"),
-        ({"method": "prefix", "prefix_projection": True}, {"adapter": "x"}, "start.adapter"),
-        ({"variant": "pissa"}, {"adapter": "x"}, "start.adapter"),
-        ({"method": "ia3"}, {"adapter": "x", "stack": True}, "start.stack"),
-        ({"variant": "dora"}, {"adapter": "x", "stack": True}, "start.stack"),
-    ],
-)
-def test_recipes_that_cannot_start_so(adapter: dict[str, Any], start: dict[str, Any], key: str) -> None:
-    recipe = config.Recipe(
-        data=config.Data(name="ml-100k"),
-        output_dir="x",
-        adapter=config.Adapter(**adapter),
-        start=config.Start(**start),
-    )
-    assert [found for found, *_ in conflicts(recipe)] == [key]
 
 
 def test_validate_looks_into_a_local_start(

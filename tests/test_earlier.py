@@ -80,7 +80,7 @@ def test_a_stacked_adapter_trains_above_a_frozen_one(
     earlier.take_over(alone, lora, "click")
     model = fresh(tiny_llama_folder, config.Adapter(r=2, lora_alpha=5, variant=variant))
     earlier.take_over(model, lora, "click", stacked=True)
-    torch.testing.assert_close(logits(model), logits(alone))
+    torch.testing.assert_close(logits(model), logits(alone), atol=1e-4, rtol=1e-4)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {name.rpartition(".")[2] for name in trained} == {"trained"}
     for parameter in trained.values():

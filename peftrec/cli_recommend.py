@@ -50,6 +50,10 @@ def _validate(given: argparse.Namespace) -> None:
         from peftrec import methods
 
         methods.check(recipe.adapter)
+    if recipe.side.used:
+        from peftrec import side_vectors
+
+        side_vectors.check(recipe.side)
     if recipe.start.adapter is not None:
         from peftrec import earlier
 
@@ -81,6 +85,11 @@ def _summary(recipe: Recipe) -> Iterator[tuple[str, str]]:
         length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
         yield "train", f"{length}, learning rate {train.learning_rate:g} ({train.lr_scheduler_type})"
     yield "score", "model alone" if recipe.score.prior == "none" else f"model + {recipe.score.prior}"
+    if recipe.side.used:
+        yield (
+            "side",
+            ", ".join(f"{name} {show(value)}" for name, value in config.recipe_to_dict(recipe)["side"].items()),
+        )
     yield "eval", f"{recipe.eval.history} history, baselines: {', '.join(recipe.eval.baselines) or 'none'}"
     yield "output", recipe.output_dir
     if recipe.hub.push:
@@ -135,6 +144,9 @@ def _add_recommend(verbs: Verbs) -> None:
     cli_options.add_items(verb, "items table (default: that of the adapter's named data set)")
     verb.add_argument("--base-model", metavar="MODEL", help="folder or Hub id to use as base model instead")
     verb.add_argument("--k", type=int, default=10, help="how many (default: 10)")
+    verb.add_argument(
+        "--shortlist", type=int, metavar="N", help="score so many promising candidates only (default: all of them)"
+    )
     verb.add_argument("--no-prior", action="store_true", help="leave the saved prior out of the scores")
     cli_options.add_json(verb)
     verb.set_defaults(verb=_recommend)
@@ -156,7 +168,7 @@ def _recommend(given: argparse.Namespace) -> None:
             base_model=given.base_model,
             prior=not given.no_prior,
         )
-    best = recommender.rank(given.history, given.candidates, k=given.k, user=user)
+    best = recommender.rank(given.history, given.candidates, k=given.k, user=user, shortlist=given.shortlist)
     show = _as_json if given.json else _as_text
     show(recommender, given.history, best)
 

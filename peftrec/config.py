@@ -252,6 +252,27 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Side:
+    """Vectors beside an event's text, which trained projectors turn into a soft token."""
+
+    als: bool = False
+    """What a factorisation of the training answers knows of the item and, by then, of the person."""
+    items: Text | Annotated[list[Text], Check("at least one file", bool), Distinct] | None = None
+    """A Parquet, safetensors or npz file, or several, with item_id and vector."""
+    users: Text | None = None
+    """Such a file with user_id and vector; the adapter keeps nobody's, and whoever asks gives it."""
+    hidden_size: Count = 64
+    """Width of a projector's hidden layer."""
+    dropout: Annotated[float, Check("a share from 0 to below 1", lambda x: 0 <= x < 1)] = 0.1
+    """Share of the events whose vectors are left out in training, so that the text is learned from too."""
+
+    @property
+    def used(self) -> bool:
+        """Whether there are any."""
+        return bool(self.als or self.items or self.users)
+
+
+@dataclass(frozen=True)
 class Train:
     """The optimisation; the names are those of transformers.TrainingArguments."""
 
@@ -396,6 +417,8 @@ class Recipe:
     """What training starts from."""
     score: Score = field(default_factory=Score)
     """Terms beside the model's own."""
+    side: Side = field(default_factory=Side)
+    """Vectors beside the text."""
     train: Train = field(default_factory=Train)
     """Optimisation."""
     eval: Eval = field(default_factory=Eval)
@@ -451,8 +474,9 @@ def parse_recipe(mapping: Mapping[str, Any], where: str) -> Recipe:
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Nested plain values that `parse_recipe` reads back, without the keys that do nothing in this recipe."""
-    # Where nothing is published that goes without saying.
+    # Where nothing is published, or nothing stands beside the text, that goes without saying.
     silent = {} if recipe.hub.push else {"hub.push": "hub.push"}
+    silent |= {} if recipe.side.als else {"side.als": "side.als"}
     return _plain(recipe, "", coherence.idle(recipe) | silent)
 
 

@@ -26,6 +26,7 @@ from peftrec.prompts import (
     user_texts,
     with_user,
 )
+from peftrec.side_vectors import MarkedWindows, OfRun
 from peftrec.split import Log
 from peftrec.timeline import (
     PromptWindows,
@@ -52,6 +53,7 @@ class Encoder:
         task: `click` or `rating`.
         shuffle: seed of a random order of each user's events in place of time, see config.Train.order.
         kind: of the base model; all but causal ones need the layout pointwise.
+        side: vectors beside the text, or None.
 
     Raises:
         DataError: the item template names a column that is not there, or answers do not go with the ratings.
@@ -68,8 +70,9 @@ class Encoder:
         task: Literal["click", "rating"] = "click",
         shuffle: int | None = None,
         kind: Kind = "causal",
+        side: OfRun | None = None,
     ) -> None:
-        self.log, self.prompt, self.ties, self._shuffle = log, prompt, ties, shuffle
+        self.log, self.prompt, self.ties, self._shuffle, self._side = log, prompt, ties, shuffle, side
         template = RECORD_TEMPLATE if prompt.template is None and log.prompts is not None else prompt.template
         # A template's prompt has no header, whose length would take room from the history.
         header = prompt.header if template is None else ""
@@ -181,11 +184,14 @@ class Encoder:
         key = None if self._key is None else kept.key_of(encoder=self._key, fill=fill, asked=asked)
         arrays = kept.keep("windows", key, make).arrays
         rows = Pieces(arrays["packed"], arrays["packed_start"])
-        return WindowDataset(self._of(arrays), self.log.label, prior, self.prompt.max_tokens, rows)
+        return WindowDataset(self._of(arrays, fill), self.log.label, prior, self.prompt.max_tokens, rows)
 
-    def _of(self, arrays: Mapping[str, np.ndarray]) -> TimelineWindows | PromptWindows:
+    def _of(self, arrays: Mapping[str, np.ndarray], fill: bool) -> TimelineWindows | PromptWindows:
         if "spans" in arrays:
-            return TimelineWindows.of(arrays, self.log, self.codec, self.questions)
+            windows = TimelineWindows.of(arrays, self.log, self.codec, self.questions)
+            if self._side is None:
+                return windows
+            return MarkedWindows(windows, self._side.evaluation if fill else self._side.training)
         return (TextWindows if isinstance(self.codec, WholeText) else PromptWindows).of(arrays)
 
     def _windows(self, sight: Sight, fill: bool) -> TimelineWindows | PromptWindows:

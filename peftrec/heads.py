@@ -60,6 +60,8 @@ def check(kind: Kind, recipe: config.Recipe) -> None:
         problems.append(
             f"adapter.method: {method}; {name} is {what}, and virtual tokens are for causal models; set another method"
         )
+    if recipe.side.used:
+        problems.append(f"side: {name} is {what}, which reads texts as a whole; set a causal model, or leave side out")
     if problems:
         raise ConfigError(*problems)
 

@@ -83,12 +83,12 @@ def _row_texts(rows: pl.DataFrame, template: str, key: str, table: str) -> list[
             raise DataError(f"{key}: no column '{name}' in the {table} ({', '.join(rows.columns)}); {hint}")
     columns = {name: rows[name].to_list() for name in fields}
     return [
-        " ".join(template.format(**{name: _plain(columns[name][i]) for name in fields}).split())
+        " ".join(template.format(**{name: plain_value(columns[name][i]) for name in fields}).split())
         for i in range(rows.height)
     ]
 
 
-def _plain(value: Any) -> str:
+def plain_value(value: Any) -> str:
     """A table's value as a person would write it: nothing for null, no `.0` behind a year, lists with commas."""
     if value is None:
         return ""
@@ -126,7 +126,7 @@ class Pieces:
         """Lay lists of token ids end to end."""
         start = np.zeros(len(ids) + 1, dtype=np.int64)
         np.cumsum([len(piece) for piece in ids], out=start[1:])
-        flat = np.fromiter((token for piece in ids for token in piece), dtype=np.int32, count=int(start[-1]))
+        flat = np.fromiter((token for piece in ids for token in piece), dtype=np.int64, count=int(start[-1]))
         return cls(flat, start)
 
 

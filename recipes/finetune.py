@@ -41,6 +41,8 @@ from peftrec import (
     record,
     report,
     scorer,
+    side,
+    side_vectors,
     split,
     train,
     virtual_tokens,
@@ -88,6 +90,7 @@ def main() -> None:
 
     # What counting alone predicts: the opponents, and the prior if the recipe wants one.
     known = opponents.measure(log, recipe)
+    beside = side_vectors.of_run(log, recipe) if recipe.side.used else None
 
     # What is predicted, text and model.
     methods.check(recipe.adapter)
@@ -113,6 +116,7 @@ def main() -> None:
         task=recipe.task,
         shuffle=recipe.seed if recipe.train.order == "random" else None,
         kind=loaded.kind,
+        side=beside,
     )
     model = scorer.with_head(loaded.model, target.head, encoder.codec.answers)
     if start is not None:
@@ -150,6 +154,8 @@ def main() -> None:
             original=lambda: backbone.load(dataclasses.replace(recipe.model, load_in_4bit=False), target).model,
             opening=lambda tokens: encoder.opening(tokens, recipe.seed),
         )
+        if beside is not None:
+            side.attach(model, beside, recipe.side, seed=recipe.seed)
         if start is not None:
             earlier.take_over(model, start, recipe.task, stacked=recipe.start.stack)
             say(f"start: {start.name}{', below a new adapter' if recipe.start.stack else ''}")
@@ -179,7 +185,7 @@ def main() -> None:
     rows, outputs = train.score(model, reported, description="score", processes=state)
     score_seconds = time.perf_counter() - begin
     if fitted is not None and asks_base and base_outputs is None:
-        with model.disable_adapter():
+        with model.disable_adapter(), side.off():
             _, base_outputs = train.score(model, reported, description="score, base model", processes=state)
     processes.gather(model)
     processes.leave()
@@ -231,8 +237,9 @@ def main() -> None:
             max_item_tokens=encoder.max_item_tokens,
             example=encoder.example(),
             template=encoder.template,
+            side=list(beside.sources) if beside else (),
         )
-        _save(folder / "adapter", model, loaded.tokenizer, about, known.saved_prior)
+        _save(folder / "adapter", model, loaded.tokenizer, about, known.saved_prior, beside)
         facts |= {
             "config": config.recipe_to_dict(recipe)["adapter"],
             "trainable_parameters": adapters.trainable_parameters(model),
@@ -253,7 +260,7 @@ def main() -> None:
                 **dataclasses.asdict(recipe.eval),
                 "rows": len(rows),
                 "seconds": score_seconds,
-                "settings": known.settings,
+                "settings": known.settings | ({"side": beside.settings} if beside else {}),
             },
             hardware=record.hardware(backbone.accelerators()),
             exposure=exposure(
@@ -336,13 +343,15 @@ def _prepare(folder: Path, recipe: config.Recipe, *, resume: bool) -> None:
         scratch.write_text(config.dump_recipe(recipe))
 
 
-def _save(folder: Path, model: Any, tokenizer: Any, about: artifact.Artifact, prior: Any) -> None:
+def _save(folder: Path, model: Any, tokenizer: Any, about: artifact.Artifact, prior: Any, beside: Any) -> None:
     """Write the adapter folder whole or not at all."""
     scratch = folder.with_name(f".{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     adapters.save(model, scratch)
     tokenizer.save_pretrained(scratch)
     artifact.write(scratch, about, prior)
+    if beside is not None:
+        side.save(model, scratch, beside.sources)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
 
@@ -369,7 +378,8 @@ def _probe(
         for history, candidate in encoder.questions_of(PROBES, recipe.seed):
             told = [(text, encoder.codec.answer_texts[answer]) for text, answer in history]
             (score,) = recommender.score(told, [candidate])
-            probes.append(artifact.Probe(history, candidate, float(score)))
+            ids = recommender.item_ids(told, [candidate]) if about.side else []
+            probes.append(artifact.Probe(history, candidate, float(score), ids))
     about = dataclasses.replace(about, probes=probes, record_probes=record_probes)
     artifact.write(folder, about, known.saved_prior)
 

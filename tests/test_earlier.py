@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from saved import save_adapter, tiny_bert
 
 from peftrec import adapters, artifact, backbone, cli, config, earlier, encode, scorer
 from peftrec.errors import ModelError
+from peftrec.merge import merge
 from peftrec.target import Target
 
 IDS = torch.tensor([[0, 30, 40, 50, 60, 70]])
@@ -205,6 +207,16 @@ def test_a_broken_or_foreign_folder(tmp_path: Path, load_tiny: Callable[..., Any
         earlier.read(str(tmp_path))
     with pytest.raises(ModelError, match="no such folder"):
         earlier.read(str(tmp_path / "nowhere"))
+
+
+def test_side_vectors_stay_behind(lora: earlier.Earlier, tmp_path: Path) -> None:
+    shutil.copytree(lora.folder, tmp_path / "a")
+    assert lora.about is not None
+    artifact.write(tmp_path / "a", dataclasses.replace(lora.about, side=["als"]), None)
+    with pytest.raises(ModelError, match=r"a was trained with side vectors, whose projectors would be lost"):
+        earlier.read(str(tmp_path / "a"))
+    with pytest.raises(ModelError, match=r"a: it has side vectors; expected adapters without any"):
+        merge([lora.folder, tmp_path / "a"], tmp_path / "out")
 
 
 def test_every_field_of_a_base_is_kept(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 from saved import save_adapter
 
-from peftrec import baselines, cli, config, opponents, retrieval, retrieval_run
+from peftrec import baselines, boosting, cli, config, opponents, retrieval, retrieval_run
 from peftrec.errors import ConfigError, DataError
 from peftrec.retrieval import Questions
 from peftrec.split import Log
@@ -200,9 +200,11 @@ def test_a_candidates_score_is_that_of_the_saved_prior(history: baselines.Histor
         assert scores["bias"][part] == pytest.approx(expected)
 
 
-def test_no_scorer_knows_the_other_candidates_or_the_answer() -> None:
+def test_no_scorer_knows_the_other_candidates_or_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("surprise")
+    monkeypatch.setattr(boosting, "_MOST_TREES", 20)
+    monkeypatch.setattr(boosting, "_LEAVES_GRID", (4,))
     log = some_log(3)
     names = ["item_mean", "bias", "mf", "svd", "gbdt", "popularity"]
     few, whole = (retrieval.draw(log, 100, among, "streaming", 13) for among in (6, None))

@@ -153,8 +153,7 @@ def read(name: str, revision: str | None = None) -> Earlier:
         raise ModelError(f"start.adapter: {name} is a whole model (adapter.method: full); expected an adapter")
     if about.side:
         raise ModelError(
-            f"start.adapter: {name} was trained with side vectors, whose projectors would be lost; start from an adapter "
-            "without"
+            f"start.adapter: {name} was trained with side vectors, whose projectors would be lost; start from another"
         )
     return Earlier(name, folder, about.base_model, about)
 

@@ -151,6 +151,10 @@ def read(name: str, revision: str | None = None) -> Earlier:
     about = artifact.read(folder)
     if adapters.is_whole(folder):
         raise ModelError(f"start.adapter: {name} is a whole model (adapter.method: full); expected an adapter")
+    if about.side:
+        raise ModelError(
+            f"start.adapter: {name} was trained with side vectors, whose projectors would be lost; start from another"
+        )
     return Earlier(name, folder, about.base_model, about)
 
 

@@ -146,6 +146,8 @@ def _check_together(first: Path, ours: artifact.Artifact, other: Path, theirs: a
                 f"{other}: {what} {found}, and {first} has {mine}; expected adapters that differ in what they were "
                 "trained on; leave one of them out"
             )
+    if ours.side or theirs.side:
+        raise ModelError(f"{first if ours.side else other}: it has side vectors; expected adapters without any")
     if ours.target.head != "tokens":
         raise ModelError(
             f"{first}: head {ours.target.head}, which was trained with each adapter; expected adapters with answer "

@@ -182,6 +182,8 @@ def side_words(plan: Plan, name: str, path: Path, rest: Sequence[str]) -> list[s
             f"{file}: task {recipe.task} with score.prior {recipe.score.prior}; expected clicks without a prior, which "
             "would hide what the language model knows; set them in the config"
         )
+    if recipe.side.used:
+        raise ConfigError(f"{file}: side; expected a recipe without side vectors, which no other domain has")
     return words
 
 

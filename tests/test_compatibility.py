@@ -63,6 +63,31 @@ CASES: list[tuple[dict[str, Any], str]] = [
         {"adapter": {"method": "other", "peft_type": "prefix_tuning"}, "train": {"gradient_checkpointing": True}},
         "train.gradient_checkpointing: true; a prefix lives in the cache",
     ),
+    *(
+        (
+            {"adapter": method, "start": {"adapter": "x"}},
+            "start.adapter: x; what is saved under this adapter.method is not",
+        )
+        for method in (
+            {"method": "p_tuning"},
+            {"method": "prefix", "prefix_projection": True},
+            {"method": "adalora"},
+            {"method": "full"},
+            {"method": "other", "peft_type": "VERA"},
+        )
+    ),
+    (
+        {"adapter": {"variant": "pissa"}, "start": {"adapter": "x"}},
+        "start.adapter: x; these variants start from the base",
+    ),
+    (
+        {"adapter": {"method": "ia3"}, "start": {"adapter": "x", "stack": True}},
+        "start.stack: true; only plain LoRA can",
+    ),
+    (
+        {"adapter": {"variant": "dora"}, "start": {"adapter": "x", "stack": True}},
+        "start.stack: true; only plain LoRA can",
+    ),
     (
         {"side": {"als": True}, "adapter": {"method": "full"}},
         "side.als: true; adapter.method: full is saved as a model for anybody",
@@ -96,6 +121,9 @@ FINE: list[dict[str, Any]] = [
     {"adapter": {"method": "other", "peft_type": "VERA"}},
     {"adapter": {"method": "prompt"}, "train": {"gradient_checkpointing": True}},
     {"adapter": {"method": "prefix"}},
+    {"adapter": {"method": "prefix"}, "start": {"adapter": "x"}},
+    {"adapter": {"variant": "dora"}, "start": {"adapter": "x"}},
+    {"adapter": {"variant": "rslora"}, "start": {"adapter": "x", "stack": True}},
     {"side": {"als": True, "items": ["a.npz", "b.npz"]}, "prompt": {"layout": "pointwise"}},
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from safetensors.torch import load_file
 from saved import save_adapter, tiny_bert
 
 from peftrec import adapters, artifact, backbone, cli, config, earlier, encode, scorer
-from peftrec.coherence import conflicts
 from peftrec.errors import ModelError
+from peftrec.merge import merge
 from peftrec.target import Target
 
 IDS = torch.tensor([[0, 30, 40, 50, 60, 70]])
@@ -81,7 +82,7 @@ def test_a_stacked_adapter_trains_above_a_frozen_one(
     earlier.take_over(alone, lora, "click")
     model = fresh(tiny_llama_folder, config.Adapter(r=2, lora_alpha=5, variant=variant))
     earlier.take_over(model, lora, "click", stacked=True)
-    torch.testing.assert_close(logits(model), logits(alone))
+    torch.testing.assert_close(logits(model), logits(alone), atol=1e-4, rtol=1e-4)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {name.rpartition(".")[2] for name in trained} == {"trained"}
     for parameter in trained.values():
@@ -176,26 +177,6 @@ def test_facts_name_no_folder_of_this_machine(lora: earlier.Earlier) -> None:
     assert len(found["sha256"]) == 64
 
 
-@pytest.mark.parametrize(
-    ("adapter", "start", "key"),
-    [
-        ({"method": "p_tuning"}, {"adapter": "x"}, "start.adapter"),
-        ({"method": "prefix", "prefix_projection": True}, {"adapter": "x"}, "start.adapter"),
-        ({"variant": "pissa"}, {"adapter": "x"}, "start.adapter"),
-        ({"method": "ia3"}, {"adapter": "x", "stack": True}, "start.stack"),
-        ({"variant": "dora"}, {"adapter": "x", "stack": True}, "start.stack"),
-    ],
-)
-def test_recipes_that_cannot_start_so(adapter: dict[str, Any], start: dict[str, Any], key: str) -> None:
-    recipe = config.Recipe(
-        data=config.Data(name="ml-100k"),
-        output_dir="x",
-        adapter=config.Adapter(**adapter),
-        start=config.Start(**start),
-    )
-    assert [found for found, *_ in conflicts(recipe)] == [key]
-
-
 def test_validate_looks_into_a_local_start(
     lora: earlier.Earlier, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,6 +207,16 @@ def test_a_broken_or_foreign_folder(tmp_path: Path, load_tiny: Callable[..., Any
         earlier.read(str(tmp_path))
     with pytest.raises(ModelError, match="no such folder"):
         earlier.read(str(tmp_path / "nowhere"))
+
+
+def test_side_vectors_stay_behind(lora: earlier.Earlier, tmp_path: Path) -> None:
+    shutil.copytree(lora.folder, tmp_path / "a")
+    assert lora.about is not None
+    artifact.write(tmp_path / "a", dataclasses.replace(lora.about, side=["als"]), None)
+    with pytest.raises(ModelError, match=r"a was trained with side vectors, whose projectors would be lost"):
+        earlier.read(str(tmp_path / "a"))
+    with pytest.raises(ModelError, match=r"a: it has side vectors; expected adapters without any"):
+        merge([lora.folder, tmp_path / "a"], tmp_path / "out")
 
 
 def test_every_field_of_a_base_is_kept(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftrec import cli_options
 from peftrec.errors import ConfigError
+from peftrec.imports import without_collection
 
 if TYPE_CHECKING:
     from peftrec.cli_options import Verbs
@@ -49,6 +50,15 @@ def _validate(given: argparse.Namespace) -> None:
         from peftrec import methods
 
         methods.check(recipe.adapter)
+    if recipe.side.used:
+        from peftrec import side_vectors
+
+        side_vectors.check(recipe.side)
+    if recipe.start.adapter is not None:
+        from peftrec import earlier
+
+        if earlier.is_local(recipe):
+            earlier.find(recipe)
     print(f"{given.config}: valid")
     for name, text in _summary(recipe):
         print(f"  {name:<8} {text}")
@@ -70,9 +80,16 @@ def _summary(recipe: Recipe) -> Iterator[tuple[str, str]]:
         settings = config.recipe_to_dict(recipe)["adapter"]
         method = settings.pop("method")
         yield "adapter", ", ".join([method, *(f"{name} {show(value)}" for name, value in settings.items())])
+        if recipe.start.adapter is not None:
+            yield "start", f"{recipe.start.adapter}{', below a new adapter' if recipe.start.stack else ''}"
         length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
         yield "train", f"{length}, learning rate {train.learning_rate:g} ({train.lr_scheduler_type})"
     yield "score", "model alone" if recipe.score.prior == "none" else f"model + {recipe.score.prior}"
+    if recipe.side.used:
+        yield (
+            "side",
+            ", ".join(f"{name} {show(value)}" for name, value in config.recipe_to_dict(recipe)["side"].items()),
+        )
     yield "eval", f"{recipe.eval.history} history, baselines: {', '.join(recipe.eval.baselines) or 'none'}"
     yield "output", recipe.output_dir
     if recipe.hub.push:
@@ -127,6 +144,9 @@ def _add_recommend(verbs: Verbs) -> None:
     cli_options.add_items(verb, "items table (default: that of the adapter's named data set)")
     verb.add_argument("--base-model", metavar="MODEL", help="folder or Hub id to use as base model instead")
     verb.add_argument("--k", type=int, default=10, help="how many (default: 10)")
+    verb.add_argument(
+        "--shortlist", type=int, metavar="N", help="score so many promising candidates only (default: all of them)"
+    )
     verb.add_argument("--no-prior", action="store_true", help="leave the saved prior out of the scores")
     cli_options.add_json(verb)
     verb.set_defaults(verb=_recommend)
@@ -137,17 +157,18 @@ def _recommend(given: argparse.Namespace) -> None:
     if given.k < 1:
         raise ConfigError(f"--k: {given.k}; expected a whole number from 1")
     user = None if given.user is None else _person(given.user)
-    from peftrec.recommender import Recommender
+    with without_collection():
+        from peftrec.recommender import Recommender
 
-    recommender = Recommender.from_pretrained(
-        given.adapter,
-        revision=given.revision,
-        items=given.items,
-        columns=columns,
-        base_model=given.base_model,
-        prior=not given.no_prior,
-    )
-    best = recommender.rank(given.history, given.candidates, k=given.k, user=user)
+        recommender = Recommender.from_pretrained(
+            given.adapter,
+            revision=given.revision,
+            items=given.items,
+            columns=columns,
+            base_model=given.base_model,
+            prior=not given.no_prior,
+        )
+    best = recommender.rank(given.history, given.candidates, k=given.k, user=user, shortlist=given.shortlist)
     show = _as_json if given.json else _as_text
     show(recommender, given.history, best)
 

@@ -15,16 +15,21 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, TypedDict
 
-from peftrec import adapters, loading
+from peftrec import adapters, loading, side_vectors
 from peftrec import artifact as artifacts
 from peftrec.artifact import Artifact, PromptFormat
 from peftrec.backbone import Backbone
 from peftrec.catalogue import Catalogue
+from peftrec.embeddings import Embedder, Reading
 from peftrec.errors import DataError, ModelError
+from peftrec.features import FeatureRecommender
 from peftrec.loaded_adapter import Event, Floats, LoadedAdapter, Question, Recommendation
 from peftrec.opponents import SavedPrior
 from peftrec.prompts import Codec, WholeText
 from peftrec.schema import nearest
+from peftrec.shortlist import Shortlist, Shortlister
+from peftrec.side_vectors import Sources
+from peftrec.similarity import Measure
 from peftrec.target import Target
 
 __all__ = ["DEFAULT", "Event", "Floats", "Recommendation", "Recommender", "Request"]
@@ -65,6 +70,7 @@ class Recommender:
         tokenizer: the base model's.
         items: the items table, or None.
         prior: what is added to the model's score, or None.
+        side: the adapter's side vectors, or None.
         base: what `model` was made from, for more adapters to stand on; None takes no more.
 
     Raises:
@@ -81,11 +87,13 @@ class Recommender:
         *,
         items: Any = None,
         prior: SavedPrior | None = None,
+        side: Sources | None = None,
         base: Backbone | None = None,
     ) -> None:
         self._base = base
-        self._adapters = {DEFAULT: LoadedAdapter(about, model, tokenizer, items, prior)}
+        self._adapters = {DEFAULT: LoadedAdapter(about, model, tokenizer, items, prior, side)}
         self._change = Lock()
+        self._shortlister = Shortlister(base)
 
     @classmethod
     def from_pretrained(
@@ -140,6 +148,7 @@ class Recommender:
         folder = loading.find(adapter, revision, token=token, endpoint=endpoint, cache_dir=cache_dir)
         about = artifacts.read(folder)
         saved_prior = artifacts.read_prior(folder, about) if prior else None
+        sources = side_vectors.read(folder, about)
         table = loading.read_table(items, columns, about)
         base = loading.load_base(
             about,
@@ -154,12 +163,72 @@ class Recommender:
         differs = loading.difference_of_bases(about, base)
         if differs and strict:
             raise ModelError(f"{differs}; load that base model, or load without strict")
-        model = loading.put_on(base, folder, about)
+        model = loading.put_on(base, folder, about, sources)
         whole = adapters.is_whole(folder)
-        made = cls(about, model, base.tokenizer, items=table, prior=saved_prior, base=None if whole else base)
+        rest = {"items": table, "prior": saved_prior, "side": sources}
+        made = cls(about, model, base.tokenizer, **rest, base=None if whole else base)
         if differs:
             warnings.warn(f"{differs}; {loading.difference_of_scores(made._adapter(None))}", stacklevel=2)
         return made
+
+    @classmethod
+    def from_features(
+        cls,
+        model: str | Path | Embedder | None,
+        items: Any,
+        *,
+        item: str = "{title}",
+        vectors: Any = None,
+        columns: dict[str, str] | None = None,
+        reading: Reading | None = None,
+        profile: Literal["mean", "text"] = "mean",
+        user: str | None = None,
+        like_at: float | None = 4.0,
+        half_life: float | None = None,
+        similarity: Measure = "cosine",
+        centre: bool = True,
+        cache: bool = True,
+    ) -> FeatureRecommender:
+        """A recommender without training: people and items are compared by the vectors of their texts.
+
+        Args:
+            model: a base model or an adapter (see `Embedder.from_pretrained`), a loaded `Embedder`, or None where
+                `vectors` are given and nothing else is to be read.
+            items: the items table (a file, a polars or a pandas frame), or the name of a data set.
+            item: template of an item's text over the table's columns.
+            vectors: the items' vectors, if they are made already: a file of `peftrec embed`, a `VectorTable`, or a
+                matrix with one row for each item.
+            columns: our name -> name in the items table.
+            reading: how the model's layers become one vector; None is the mean of the last layer.
+            profile: a person is the weighted `mean` of the vectors of what was liked, or one `text`.
+            user: template of a person's text: `{liked}`, columns of the items table, and what the caller tells of the
+                person (see `ProfileText`); None is `{liked}`.
+            like_at: the lowest rating that is a like.
+            half_life: in events, see `profiles.weights`; None is no end.
+            similarity: cosine, dot, euclidean or pearson.
+            centre: take the items' mean vector from every vector first: what all of them share says nothing.
+            cache: whether vectors of the items are looked up and kept in the cache folder.
+
+        Raises:
+            ModelError: the model cannot be loaded, or cannot read texts in this way.
+            AssetError: a packaged model or a named data set cannot be fetched.
+            DataError: the table or the vectors cannot be used.
+        """
+        return FeatureRecommender.load(
+            model,
+            items,
+            item=item,
+            vectors=vectors,
+            columns=columns,
+            reading=reading,
+            profile=profile,
+            user=user,
+            like_at=like_at,
+            half_life=half_life,
+            similarity=similarity,
+            centre=centre,
+            cache=cache,
+        )
 
     # --- several adapters ---------------------------------------------------------------------------------------------
 
@@ -223,12 +292,14 @@ class Recommender:
         differs = loading.difference_of_bases(about, self._base)
         if differs and strict:
             raise ModelError(f"{differs}; load it with a base model of its own, or with strict=False")
+        sources = side_vectors.read(folder, about)
         loaded = LoadedAdapter(
             about,
-            loading.put_on(self._base, folder, about),
+            loading.put_on(self._base, folder, about, sources),
             self._base.tokenizer,
             loading.read_table(items, columns, about),
             artifacts.read_prior(folder, about) if prior else None,
+            sources,
         )
         if differs:
             warnings.warn(f"{differs}; {loading.difference_of_scores(loaded)}", stacklevel=2)
@@ -309,7 +380,8 @@ class Recommender:
             candidates: titles, item ids or dicts. For an adapter of ready-made prompts: dicts with `instruction` and
                 `input`, and no history.
             user: what is known of the person, where the adapter's prompt shows that: a dict of columns as in
-                `artifact.prompt.user`, or the text; None is nothing.
+                `artifact.prompt.user`, or the text; for an adapter with vectors of people `{"vector": [numbers]}`; None
+                is nothing.
             adapter: name of a loaded adapter; None is `default`.
 
         Raises:
@@ -318,6 +390,24 @@ class Recommender:
         """
         asked = self._adapter(adapter)
         return asked.score([asked.question(history, candidates, user)])[0]
+
+    def item_ids(
+        self, history: Sequence[Any], candidates: Sequence[Any], *, adapter: str | None = None
+    ) -> list[str | None]:
+        """Which items a history and candidates mean, as ids in text; None is an item that has none.
+
+        Args:
+            history: as in `score`, as all others.
+            candidates: as there.
+            adapter: as there.
+
+        Raises:
+            DataError: an entry that cannot be read, or an item id that is not in the items table.
+            ModelError: no such adapter.
+        """
+        question = self._adapter(adapter).question(history, candidates)
+        items = [*(event.item for event in question.events), *question.candidates]
+        return [None if item.item_id is None else str(item.item_id) for item in items]
 
     def score_many(self, requests: Sequence[Request]) -> list[Floats]:
         """What `score` gives for each request, in their order.
@@ -372,6 +462,7 @@ class Recommender:
         user: Any = None,
         *,
         adapter: str | None = None,
+        shortlist: int | Shortlist | None = None,
     ) -> list[Recommendation]:
         """The `k` best candidates, best first.
 
@@ -382,13 +473,19 @@ class Recommender:
             exclude_seen: leave out what is in the history.
             user: as in `score`.
             adapter: as in `score`.
+            shortlist: score so many candidates only, chosen as the module `shortlist` says, for catalogues of
+                thousands; None scores all of them, and finds the best ones for certain.
 
         Raises:
             DataError: as `score`, or neither candidates nor an items table are given.
             ModelError: no such adapter.
         """
         asked = self._adapter(adapter)
-        return asked.rank(asked.question(history, candidates, user, unseen=exclude_seen), k)
+        question = asked.question(history, candidates, user, unseen=exclude_seen)
+        if shortlist is None:
+            return asked.rank(question, k)
+        how = shortlist if isinstance(shortlist, Shortlist) else Shortlist(shortlist)
+        return self._shortlister.rank(asked, question, k, how)
 
     def events(self, history: Sequence[Any], *, adapter: str | None = None) -> list[Event]:
         """The history as it is understood: which items were meant, and whether each was liked or how it was rated.

@@ -293,7 +293,7 @@ class TestAccumulation:
         questions: Any,
     ) -> None:
         data = train_data(log, codec, questions, 170)
-        data.rows = [*data.rows[:3], data.rows[3][:1]]
+        data.rows = [*(data.rows[i] for i in range(3)), data.rows[3][:1]]
         assert len({sum(r >= 0 for r in data[i]["row"]) for i in range(4)}) > 1
         found = []
         for batch, steps in ((1, 4), (4, 1)):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from peftrec.datasets.dataset import Dataset, Tables
+from peftrec.datasets.dataset import Dataset, Graph, Tables
 from peftrec.datasets.ml_100k import ML_100K
 
 DATASETS: dict[str, Dataset] = {dataset.name: dataset for dataset in (ML_100K,)}
 
-__all__ = ["DATASETS", "Dataset", "Tables"]
+__all__ = ["DATASETS", "Dataset", "Graph", "Tables"]

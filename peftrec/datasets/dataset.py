@@ -19,6 +19,14 @@ class Tables:
 
 
 @dataclass(frozen=True)
+class Graph:
+    """A knowledge graph of the items: `triples` (head, relation, tail) and `links` (item_id, entity)."""
+
+    triples: pl.DataFrame
+    links: pl.DataFrame
+
+
+@dataclass(frozen=True)
 class Dataset:
     """One named data set.
 
@@ -27,6 +35,7 @@ class Dataset:
         description: One line for `peftrec datasets`.
         load: Reads the tables, fetching them when they are not in the cache.
         load_users: Reads what is told of the users, one row per `user_id`; None where nothing is.
+        load_graph: Reads the items' knowledge graph, as `Graph`; None where there is none.
         like_at: Rating from which an event counts as liked, unless the recipe says otherwise.
         rating_range: Lowest and highest rating of the scale.
         homepage: Where the data set is described.
@@ -45,3 +54,4 @@ class Dataset:
     citation: str
     language: str
     load_users: Callable[[], pl.DataFrame] | None = None
+    load_graph: Callable[[], Graph] | None = None

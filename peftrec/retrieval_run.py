@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from peftrec import config, interactions, opponents, retrieval
+from peftrec import config, opponents, prepared, retrieval
 from peftrec.errors import DataError
 from peftrec.looks import shown
 from peftrec.ranking import Floats
@@ -19,7 +19,7 @@ from peftrec.record import ADAPTER
 from peftrec.report import Table, aligned, cell, pipes, wrapped
 from peftrec.retrieval import METRICS, Places, Questions
 from peftrec.schema import read_yaml
-from peftrec.split import Log, split
+from peftrec.split import Log, few
 
 AMONG = 99
 _HEADINGS = {"hr@10": "HR@10", "ndcg@10": "NDCG@10", "mrr": "MRR", "novelty": "novelty", "popularity": "popularity"}
@@ -125,8 +125,9 @@ def rank_run(
     opponents.check(recipe)
     if recipe.data.records is not None:
         raise DataError(f"{run}: trained on ready-made prompts, which name no items; ranking needs a table of events")
-    data = interactions.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
-    log = split(data, recipe.data.split, recipe.seed)
+    _, log = prepared.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
+    if recipe.data.train_events is not None:
+        log = few(log, recipe.data.train_events, recipe.seed)
     if log.liked_from is None:  # nobody said what is liked: what is above the mean
         mean = np.asarray(log.scale)[log.label[log.split == 0]].mean()
         log = replace(log, liked_from=int(np.searchsorted(log.scale, mean, side="right")))

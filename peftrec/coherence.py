@@ -48,6 +48,7 @@ def idle(recipe: Any) -> dict[str, str]:
     )
     cases = (
         (data.name, "data.name", "data.items data.users data.columns data.hub_revision"),
+        (data.name is None, source, "data.folder"),
         (own_files, source, "data.hub_revision"),
         (data.records, "data.records", "data.items data.users data.like_at data.rating_range"),
         (data.records, "data.records", "prompt.item prompt.user prompt.header prompt.history prompt.max_history"),

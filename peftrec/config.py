@@ -69,6 +69,8 @@ class Data:
 
     name: Text | None = None
     """A data set that peftrec knows; exactly one of `name`, `interactions` and `records` is given."""
+    folder: Text | None = None
+    """Folder with the files of a named data set that cannot be fetched, as its owners publish them."""
     interactions: Text | None = None
     """The user's own events: a CSV, Parquet or JSONL file, or a Hub data set id (`namespace/name` or `…:split`)."""
     hub_revision: Text | None = None

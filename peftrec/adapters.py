@@ -53,8 +53,8 @@ def attach(
         seed: seeds the adapter's initial weights.
         steps: optimizer steps of the run (`adalora`).
         original: loads the base model unquantized (variant `loftq`).
-        opening: token ids of a text of at least so many tokens, as whose keys and values a causal model's `prefix`
-            begins; None, or no tokens, is noise.
+        opening: token ids of a text of at least so many tokens, as which the virtual tokens of a causal model begin
+            (`prefix`, `p_tuning`); None, or no tokens, is noise.
 
     Raises:
         ConfigError: PEFT has no such method or setting, or it is none that can be trained here.
@@ -81,8 +81,9 @@ def attach(
         assert original is not None
         lora_start.from_quantization_error(attached, original())
     # A projection has no way back from keys and values, and only a model with a cache keeps what it has read.
-    keeps = adapter.method == "prefix" and not adapter.prefix_projection and methods.task_type(model) == "CAUSAL_LM"
-    if keeps and opening is not None and (text := opening(adapter.num_virtual_tokens)):
+    reads = adapter.method == "p_tuning" or (adapter.method == "prefix" and not adapter.prefix_projection)
+    reads &= methods.task_type(model) == "CAUSAL_LM"
+    if reads and opening is not None and (text := opening(adapter.num_virtual_tokens)):
         virtual_tokens.start_as_text(attached, torch.tensor(text))
     _check_trained(attached)
     attached.peft_config["default"].base_model_name_or_path = base_name

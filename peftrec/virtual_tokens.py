@@ -104,23 +104,39 @@ def with_virtual_tokens(plain: type) -> type:
 
 
 def start_as_text(model: Any, ids: torch.Tensor) -> None:
-    """Let a prefix begin as the keys and values that the base model keeps of a text.
+    """Let virtual tokens begin as a text: a prefix as the keys and values that the base model keeps of it, p-tuning's
+    network as one that gives its embeddings.
 
     PEFT begins with noise, which disturbs the base model, and the way back takes many steps; Li and Liang,
     Prefix-Tuning (2021), section 7.4, saw the same where data are few.
 
     Args:
-        model: PEFT's model around a causal base model, with a prefix that is not projected.
-        ids: the text; of it as many tokens as the prefix has are taken, over again if it is shorter.
+        model: PEFT's model around a causal base model, with a prefix that is not projected, or p-tuning.
+        ids: the text; of it as many tokens as there are virtual ones are taken, over again if it is shorter.
     """
-    from peft import initialize_kv_prefix_from_past_key_values
-
     size = model.active_peft_config.num_virtual_tokens
     ids = ids.repeat(-(-size // len(ids)))[:size].to(model.device)
+    if model.active_peft_config.peft_type.value == "P_TUNING":
+        _give(model.prompt_encoder["default"], model.word_embeddings(ids).detach())
+        return
+    from peft import initialize_kv_prefix_from_past_key_values
+
     with torch.no_grad(), model.disable_adapter():
         kept = model(input_ids=ids[None], use_cache=True).past_key_values
     layers = [(layer.keys, layer.values) for layer in kept.layers]
     initialize_kv_prefix_from_past_key_values(model, past_key_values=layers)
+
+
+@torch.no_grad()
+def _give(encoder: Any, wanted: torch.Tensor) -> None:
+    """Change the last layer of p-tuning's network as little as can be so that it gives `wanted`, (tokens, width)."""
+    last = encoder.mlp_head[-1]
+    seen: list[torch.Tensor] = []
+    watch = last.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][0]))
+    given = encoder(torch.arange(len(wanted), device=wanted.device)[None])[0]
+    watch.remove()
+    # Where the layer before is narrower than there are tokens, no layer gives them all: then the nearest.
+    last.weight += torch.linalg.lstsq(seen[0].double(), (wanted - given).double(), driver="gelsd").solution.T.float()
 
 
 def list_embeddings_once(model: Any) -> None:

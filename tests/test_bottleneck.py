@@ -546,6 +546,7 @@ class TestRegistration:
     def test_module_that_is_being_imported_is_not_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "peftrec.bottleneck", None)  # importing it now would raise
         peftrec._add_bottleneck()
+        assert sys.modules["peftrec.bottleneck"] is None
 
 
 class TestWhatWeUseOfPeft:

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from peftrec import cli, interactions, recommender
+from peftrec import cli, cli_recommend, interactions, recommender
 from peftrec.config import Data
 from peftrec.errors import DataError
 
@@ -280,7 +280,7 @@ def test_interrupted(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(given: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_datasets", interrupted)
+    monkeypatch.setattr(cli_recommend, "_datasets", interrupted)
     assert run(capsys, "datasets") == (130, "", "")
 
 

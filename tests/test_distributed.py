@@ -212,7 +212,7 @@ def method_jobs(names: Iterable[str]) -> list[dict[str, Any]]:
     return [{"train": {}, **METHODS[name], "name": name} for name in names]
 
 
-def same_run(ours: Path, theirs: Path, name: str) -> None:
+def assert_same_run(ours: Path, theirs: Path, name: str) -> None:
     """Losses, and scores at the end, of a run by two processes and by one."""
     losses = logged(read(theirs, name), "loss")
     assert len(losses) == 8
@@ -328,7 +328,7 @@ class TestTwoProcesses:
 
     @pytest.mark.parametrize("name", METHODS)
     def test_every_method_trains_as_in_one(self, one: Path, two: Path, name: str) -> None:
-        same_run(two, one, name)
+        assert_same_run(two, one, name)
 
 
 class TestShards:
@@ -336,7 +336,7 @@ class TestShards:
 
     @pytest.mark.parametrize("name", SHARDED)
     def test_every_method_trains_as_in_one(self, one: Path, shards: Path, name: str) -> None:
-        same_run(shards, one, name)
+        assert_same_run(shards, one, name)
 
     def test_training_is_that_of_one(self, one: Path, shards: Path) -> None:
         ours, theirs = read(shards, "whole"), read(one, "whole")

@@ -57,17 +57,17 @@ def test_the_pages_hold_what_is_tested() -> None:
 
 @pytest.mark.parametrize("block", all_blocks("yaml"))
 def test_recipes_parse(block: str) -> None:
-    parse_recipe(parse_yaml(block), "page")
+    assert parse_recipe(parse_yaml(block), "page").output_dir
 
 
 @pytest.mark.parametrize("block", all_blocks("python"))
 def test_python_compiles(block: str) -> None:
-    compile(block, "page", "exec")
+    assert compile(block, "page", "exec").co_filename == "page"
 
 
 @pytest.mark.parametrize("block", all_blocks("json"))
 def test_json_parses(block: str) -> None:
-    json.loads(block)
+    assert json.loads(block)
 
 
 def test_make_targets_exist() -> None:

@@ -99,11 +99,14 @@ ORDER = (
     "reload",
     "space_app",
     "space",
+    "cli_options",
+    "cli_recommend",
+    "cli_publish",
     "cli",
     "__main__",
 )
-# These two import late so that they start quickly: the command line what a verb needs, the package what is asked for.
-LATE = ("cli", "__init__")
+# These import late so that they start quickly: the command line what a verb needs, the package what is asked for.
+LATE = ("cli_recommend", "cli_publish", "__init__")
 HEAVY = ("torch", "transformers", "peft", "polars", "numpy", "datasets", "matplotlib", "huggingface_hub", "accelerate")
 
 

@@ -290,10 +290,12 @@ class Eval:
     user_groups: Annotated[list[Text], Distinct] = field(default_factory=list)
     """Columns of the users table (age, gender) by which test rows are reported apart, too."""
     baselines: Annotated[
-        list[Literal["user_mean", "item_mean", "bias", "mf", "item_knn", "svd", "svdpp", "popularity"]], Distinct
+        list[Literal["user_mean", "item_mean", "bias", "mf", "item_knn", "svd", "svdpp", "lstm", "popularity"]],
+        Distinct,
     ] = field(default_factory=lambda: ["item_mean", "bias", "popularity"])
     """Scorers reported beside the model. `user_mean` is for ratings, `mf` is matrix factorisation by alternating least
-    squares; `item_knn`, `svd` and `svdpp` need the extra: pip install 'peftrec[baselines]'."""
+    squares; `lstm` (clicks) is two embeddings and an LSTM over a person's events; `item_knn`, `svd` and `svdpp` need
+    the extra: pip install 'peftrec[baselines]'."""
     base_model: bool = True
     """Also score the base model without the adapter."""
     max_valid_rows: Count | None = None

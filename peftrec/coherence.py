@@ -76,6 +76,13 @@ def idle(recipe: Any) -> dict[str, str]:
         ),
         (method == "none", "adapter.method", _keys(recipe.train, "train.") + " eval.base_model"),
         (method == "none", "adapter.method", _keys(recipe.card, "card.")),
+        (
+            recipe.prompt.template is not None or recipe.data.records,
+            "prompt.template" if recipe.prompt.template is not None else "data.records",
+            "train.history_dropout train.history_sample train.shuffle_within",
+        ),
+        (recipe.train.order == "random", "train.order", "train.shuffle_within"),
+        (method == "none", "adapter.method", "prompt.paraphrases"),
         (recipe.train.lr_scheduler_type == "constant", "train.lr_scheduler_type", "train.warmup_steps"),
         (recipe.score.head == "linear", "score.head", "score.loss"),
         (recipe.score.head != "tokens", "score.head", "eval.base_model"),
@@ -103,6 +110,7 @@ def conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
     yield from _prompt_conflicts(recipe)
     if recipe.eval.user_groups and recipe.data.name is None and recipe.data.users is None:
         yield "data.users", ("eval.user_groups", "data"), "missing; eval.user_groups names columns of it; set it"
+    yield from _paraphrase_conflicts(recipe.prompt)
     yield from _task_conflicts(recipe)
     yield from _hub_conflicts(recipe)
     yield from compatibility.conflicts(recipe)
@@ -181,6 +189,23 @@ def _data_conflicts(data: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
         if ours not in _TABLE_COLUMNS and theirs in _TABLE_COLUMNS:
             text = f"{ours}: {theirs} is the wrong way round; expected our name first; write {theirs}: {ours}"
             yield "data.columns", (), text
+
+
+def _paraphrase_conflicts(prompt: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Each has to show what the template shows."""
+    if prompt.template is None:
+        return
+    wanted = set(placeholders(prompt.template))
+    for one in prompt.paraphrases:
+        try:
+            names = set(placeholders(one))
+        except ValueError as error:
+            yield "prompt.paraphrases", ("prompt.template",), f"{show(one)}; {error}; expected a template; mend it"
+            continue
+        if names != wanted:
+            shown = ", ".join(f"{{{name}}}" for name in sorted(wanted))
+            text = f"{show(one)}; expected {shown} in it, as in prompt.template; add what is missing, remove the rest"
+            yield "prompt.paraphrases", ("prompt.template",), text
 
 
 def _prompt_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:

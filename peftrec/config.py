@@ -121,6 +121,9 @@ class Prompt:
     reads it as two texts, the second of which begins with {item} (or {input}), or behind a tab."""
     user: Template | None = None
     """A person as text, over the columns of the users table; stands where the template has {user}."""
+    paraphrases: Annotated[list[Text], Distinct] = field(default_factory=list)
+    """Other wordings of the template or, without one, of the header: training draws one of all for each prompt or
+    window and epoch; evaluation and the adapter keep the recipe's own."""
     answers: Annotated[list[Text], Check("at least two answers", lambda a: len(a) > 1), Distinct] | None = None
     """One answer text for not liked and one for liked, or one for each rating from the lowest; a leading space is part
     of the token. Null takes no and yes, or the ratings as the tokenizer can write them in one token."""
@@ -248,6 +251,17 @@ class Train:
     """Steps of rising learning rate: below 1 a share of the run, else a number of steps."""
     weight_decay: NotNegative = 0.0
     """Weight decay of AdamW."""
+    history_dropout: Annotated[float, Check("a share from 0 to below 1", lambda x: 0 <= x < 1)] = 0.0
+    """Share of the events, drawn anew for each window and epoch, that no other event of a training window sees."""
+    history_sample: Count | None = None
+    """Most events of a training window that others see, drawn anew for each window and epoch; null is no bound."""
+    shuffle_within: Annotated[int, Check("a whole number from 0", lambda n: n >= 0)] = 0
+    """Events of a training window at most so many seconds apart change places, anew in each epoch; 0 keeps all."""
+    fgm_epsilon: NotNegative = 0.0
+    """Learn from each batch once more with its input embeddings moved so far (L2 norm of a row) to where the loss
+    grows; 0 does not, anything else doubles the time of a step."""
+    average_checkpoints: Count = 1
+    """Keep the mean of the last so many checkpoints' weights (see `evals`); 1 keeps the best checkpoint."""
     max_grad_norm: NotNegative = 1.0
     """Longest gradient (L2 norm); 0 does not clip."""
     per_device_train_batch_size: Count = 1

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from peftrec import config
+from peftrec.augment import Augment
 from peftrec.errors import DataError, ModelError
 from peftrec.interactions import drawn_order
 from peftrec.prompts import (
@@ -31,6 +32,7 @@ from peftrec.timeline import (
     TextWindows,
     TimelineWindows,
     WindowDataset,
+    Wordings,
     evaluation_sight,
     training_sight,
 )
@@ -84,10 +86,10 @@ class Encoder:
             self._people = self.codec.written(user_texts(log.users, prompt.user), max_user_tokens(prompt.max_tokens))
         self.questions = Pieces.of(self.codec.questions(self.texts, self.max_item_tokens) if self.texts else [])
 
-    def train(self, prior: np.ndarray | None) -> WindowDataset:
-        """Every training event once, with the earlier training events of its user in sight."""
+    def train(self, prior: np.ndarray | None, augment: Augment | None = None) -> WindowDataset:
+        """Every training event once, with its user's earlier training events in sight, in the forms of `augment`."""
         sight = training_sight(self.log, liked_only=self._liked, ordered_ties=self._ordered, shuffle=self._shuffle)
-        return self._dataset(sight, prior, fill=False)
+        return self._dataset(sight, prior, fill=False, augment=augment)
 
     def evaluate(self, rows: np.ndarray, history: str, prior: np.ndarray | None) -> WindowDataset:
         """The rows `rows` (indices into the log), each knowing what `history` (streaming or frozen) lets it know."""
@@ -153,15 +155,19 @@ class Encoder:
     def _ordered(self) -> bool:
         return self.ties == "order"
 
-    def _dataset(self, sight: Sight, prior: np.ndarray | None, *, fill: bool) -> WindowDataset:
+    def _dataset(
+        self, sight: Sight, prior: np.ndarray | None, *, fill: bool, augment: Augment | None = None
+    ) -> WindowDataset:
         prompt = self.prompt
-        windows: TimelineWindows | PromptWindows
+        windows: TimelineWindows | PromptWindows | Wordings
         if self.log.prompts is not None:
             rows = np.sort(sight.row[sight.read])
-            windows = prompt_windows(
-                self.codec,
-                rows,
-                [record_ids(self.codec, self.template or "", one, prompt.max_tokens) for one in self._records(rows)],
+            records = self._records(rows)
+            windows = self._worded(
+                augment,
+                lambda template: prompt_windows(
+                    self.codec, rows, [record_ids(self.codec, template, one, prompt.max_tokens) for one in records]
+                ),
             )
         else:
             single = prompt.layout == "pointwise"
@@ -176,9 +182,12 @@ class Encoder:
                 fill=fill or single,
                 single=single,
                 max_history=prompt.max_history,
+                augment=augment,
+                headers=self._headers() if augment else (),
             )
             if self.template is not None:
-                windows = self._templated(windows)
+                plain = windows
+                windows = self._worded(augment, lambda template: self._templated(plain, template))
         return WindowDataset(windows, self.log.label, prior, prompt.max_tokens)
 
     def _records(self, rows: np.ndarray) -> list[dict[str, str]]:
@@ -186,8 +195,25 @@ class Encoder:
         picked = self.log.prompts[rows].select("instruction", "input").fill_null("")
         return picked.to_dicts()
 
-    def _templated(self, windows: TimelineWindows) -> PromptWindows:
-        """One prompt by the recipe's template for each window, which holds one read event and what fits before it."""
+    def _worded(self, augment: Augment | None, make: Callable[[str], PromptWindows]) -> PromptWindows | Wordings:
+        """Prompts by the recipe's template, and by its paraphrases where those are to be drawn."""
+        own = make(self.template or "")
+        if augment is None or not self.prompt.paraphrases:
+            return own
+        others = self.prompt.paraphrases
+        if isinstance(self.codec, WholeText):
+            others = [self.codec.completed(one) for one in others]
+        return Wordings([own, *(make(one) for one in others)], augment)
+
+    def _headers(self) -> list[list[int]]:
+        """The header and its paraphrases as token ids; none where a template stands in their place."""
+        if self.template is not None or not self.prompt.paraphrases:
+            return []
+        ended = [one if one.endswith(LINE_END) else one + LINE_END for one in self.prompt.paraphrases]
+        return [self.codec.header, *(self.codec.prompt(one) for one in ended)]
+
+    def _templated(self, windows: TimelineWindows, template: str) -> PromptWindows:
+        """One prompt by a template for each window, which holds one read event and what fits before it."""
         rows, ids = [], []
         of_user: dict[int, tuple[str, int]] = {}
         length = self.questions.lengths + self.codec.tail_length
@@ -196,19 +222,19 @@ class Encoder:
             item = self.log.item[events]
             user = int(self.log.user[events[-1]])
             if user not in of_user:
-                of_user[user] = self._about(user)
-            template, room = of_user[user]
+                of_user[user] = self._about(user, template)
+            whole, room = of_user[user]
             # The oldest events go first; the candidate's own text (last) always stays.
             fits = int((np.cumsum(length[item][::-1]) <= room).sum())
             past = events[max(0, len(events) - fits) : -1]
             lines = [self._line(row) for row in past.tolist()]
             rows.append(int(events[-1]))
-            ids.append(templated_ids(self.codec, template, lines, self.texts[int(item[-1])], self.prompt.max_tokens))
+            ids.append(templated_ids(self.codec, whole, lines, self.texts[int(item[-1])], self.prompt.max_tokens))
         return prompt_windows(self.codec, np.asarray(rows), ids)
 
-    def _about(self, user: int) -> tuple[str, int]:
+    def _about(self, user: int, template: str) -> tuple[str, int]:
         """The template with what it says of a user, and the room (tokens) that this leaves for events."""
-        template = with_user(self.template or "", self._people[user] if self._people else "")
+        template = with_user(template, self._people[user] if self._people else "")
         return template, self.prompt.max_tokens - len(self.codec.prompt(template.format(history="", item="")))
 
     def _line(self, row: int) -> str:

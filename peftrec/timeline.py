@@ -13,12 +13,14 @@ event sees. Training, streaming evaluation, frozen evaluation and ranking differ
 from __future__ import annotations
 
 import bisect
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from peftrec.augment import Augment
 from peftrec.errors import DataError
 from peftrec.interactions import drawn_order
 from peftrec.prompts import Codec, Pieces, WholeText
@@ -235,6 +237,9 @@ class TimelineWindows:
         sight: what is read and seen.
         max_tokens, overlap, fill, single: as in `cut`.
         max_history: with `single`, earlier events shown at most.
+        augment: draws another form of each window for each epoch; None leaves them as they are.
+        headers: wordings of the header as token ids, the prompt's own first, among which `augment` draws; each of them
+            takes the room of the longest.
     """
 
     def __init__(
@@ -249,14 +254,17 @@ class TimelineWindows:
         fill: bool,
         single: bool = False,
         max_history: int | None = None,
+        augment: Augment | None = None,
+        headers: Sequence[list[int]] = (),
     ) -> None:
         self.log, self.codec, self.questions, self.sight = log, codec, questions, sight
+        self.augment, self.headers, self.epoch, self._still = augment, headers, 0, int(single)
         lengths = questions.lengths[log.item[sight.row]] + codec.tail_length
         self.windows = cut(
             sight,
             lengths,
             max_tokens=max_tokens,
-            header=len(codec.header),
+            header=max(map(len, (codec.header, *headers))),
             overlap=overlap,
             fill=fill,
             single=single,
@@ -303,15 +311,26 @@ class TimelineWindows:
         window = self.windows[index]
         own = np.arange(window.start, window.stop)
         events = np.concatenate((self._seen[slice(*window.context)], own))
-        row = self.sight.row[events]
         reads = np.where(np.arange(len(events)) >= len(events) - len(own), self.sight.read[events], False)
+        time, visible, codec = self.sight.time[events], self.sight.visible[events], self.codec
+        if self.augment is not None:
+            order = self.augment.order(self.epoch, index, self.log.timestamp[self.sight.row[events]], self._still)
+            visible = self.augment.visible(self.epoch, index, visible[order], self._still)
+            # Times stay where they were: events change places, and with them what they see.
+            kept = visible | reads[order]  # an event that nobody sees and that is not asked for would only take room
+            events, reads = events[order][kept], reads[order][kept]
+            time, visible = time[kept], visible[kept]
+            if self.headers:
+                codec = copy.copy(codec)
+                codec.header = self.headers[self.augment.wording(self.epoch, index)]
+        row = self.sight.row[events]
         return lay_out(
-            self.codec,
+            codec,
             self.questions,
             item=self.log.item[row],
             answer=self.log.label[row],
-            time=self.sight.time[events],
-            visible=self.sight.visible[events],
+            time=time,
+            visible=visible,
             row=np.where(reads, row, -1),
         )
 
@@ -429,6 +448,35 @@ class TextWindows(PromptWindows):
         return arrays if types is None else {**arrays, "token_type_ids": np.asarray(types, dtype=np.int64)}
 
 
+class Wordings:
+    """The same prompts in several wordings, one of which is drawn for each prompt in each epoch.
+
+    Args:
+        variants: the prompts in each wording, the recipe's own first.
+        augment: draws.
+    """
+
+    def __init__(self, variants: Sequence[PromptWindows], augment: Augment) -> None:
+        self.variants, self.augment, self.epoch = variants, augment, 0
+
+    def __len__(self) -> int:
+        return len(self.variants[0])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt in its longest wording."""
+        return [max(lengths) for lengths in zip(*(one.lengths for one in self.variants), strict=True)]
+
+    @property
+    def events(self) -> int:
+        """Read positions in all prompts together."""
+        return len(self)
+
+    def arrays(self, index: int) -> dict[str, np.ndarray]:
+        """One prompt as arrays of length T: see `TimelineWindows.arrays`."""
+        return self.variants[self.augment.wording(self.epoch, index)].arrays(index)
+
+
 class WindowDataset:
     """Packed rows, ready for a data loader: each item is one row of at most `max_tokens`, of whole texts `LEAST_ROOM`.
 
@@ -440,12 +488,17 @@ class WindowDataset:
     """
 
     def __init__(
-        self, windows: TimelineWindows | PromptWindows, label: np.ndarray, prior: np.ndarray | None, max_tokens: int
+        self,
+        windows: TimelineWindows | PromptWindows | Wordings,
+        label: np.ndarray,
+        prior: np.ndarray | None,
+        max_tokens: int,
     ) -> None:
         self.windows = windows
         self.label = label
         self.prior = np.zeros(len(label), dtype=np.float32) if prior is None else prior
-        if isinstance(windows, TextWindows):
+        kind = windows.variants[0] if isinstance(windows, Wordings) else windows
+        if isinstance(kind, TextWindows):
             # Whether the model packs them or pads them, which it alone knows, prompts of one length leave no gaps.
             self.rows = alike(windows.lengths, max(max_tokens, LEAST_ROOM))
         else:
@@ -455,6 +508,11 @@ class WindowDataset:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the forms of this epoch from now on, where there is something to draw."""
+        if not isinstance(self.windows, PromptWindows):
+            self.windows.epoch = epoch
 
     @property
     def lengths(self) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_classical import two_tastes
+from test_classical import make_log, two_tastes
 
 from peftrec import lstm_clicks, metrics, opponents
 from peftrec.config import parse_recipe
@@ -111,17 +111,24 @@ def test_no_row_knows_an_answer_of_its_own_time_or_later(log: Log, history: str,
     assert history == "frozen" or len(moved)
 
 
-def test_it_learns_two_tastes_and_stops(log: Log) -> None:
-    found = predict(
-        log, "streaming", settings=replace(SHORT, epochs=30, patience=3, width=8, hidden=16, learning_rate=1e-2)
-    )
-    test = log.split == 2
-    assert metrics.click_metrics(log.label[test], found.scores[test], log.user[test])["auc"] > 0.8
-    assert 1 <= found.settings["best_epoch"] < 30
-    assert found.settings["valid_log_loss"] < 0.6
-    assert np.isnan(found.scores[log.split == 0]).all()
-    assert np.isfinite(found.scores[log.split != 0]).all()
-    assert found.counts == {"scored": int((log.split != 0).sum()), "events": int((log.split == 0).sum())}
+def moods() -> Log:
+    """Half of 60 people like all of their 20 films, half none; the last 20 people are not trained on."""
+    user, item = np.repeat(np.arange(60), 20), np.tile(np.arange(20), 60)
+    split = np.where(user < 40, 0, np.where(user < 50, 1, 2))
+    return make_log(user, item, np.tile(np.arange(20), 60), user % 2, split, scale=(0.0, 1.0))
+
+
+def test_it_learns_what_a_history_says_of_people_it_never_met_and_stops() -> None:
+    log, settings = moods(), replace(SHORT, epochs=30, patience=3, longest=20, learning_rate=2e-2)
+    streaming, frozen = (predict(log, history, settings=settings) for history in ("streaming", "frozen"))
+    later = (log.split == 2) & (log.timestamp > 0)
+    assert metrics.click_metrics(log.label[later], streaming.scores[later], log.user[later])["auc"] > 0.95
+    assert metrics.click_metrics(log.label[later], frozen.scores[later], log.user[later])["auc"] == 0.5
+    assert 1 <= streaming.settings["best_epoch"] <= 30
+    assert streaming.settings["valid_log_loss"] < 0.5 < frozen.settings["valid_log_loss"]
+    assert np.isnan(streaming.scores[log.split == 0]).all()
+    assert np.isfinite(streaming.scores[log.split != 0]).all()
+    assert streaming.counts == {"scored": 400, "events": 800}
 
 
 def test_the_seed_fixes_everything(log: Log) -> None:

@@ -7,28 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import samples
 from hub_server import WRITE
 
 from peftrec import artifact, contents, hub
-from peftrec.artifact import Artifact, Base, Probe, PromptFormat, Source
 from peftrec.baselines import Prior
 
-ABOUT = Artifact(
-    prompt=PromptFormat(
-        layout="timeline",
-        header="Rated:\n",
-        item="{title}",
-        answers=[" no", " yes"],
-        answer_ids=[5, 6],
-        max_tokens=64,
-        max_item_tokens=8,
-    ),
-    base_model=Base(name="ns/tiny", hub_id="ns/tiny", fingerprint="f" * 64, parameters=10, dtype="float32"),
-    data=Source(name="ml-100k", sha256="a" * 64),
-    peftrec_version="0.1.0",
-    like_at=4.0,
-    probes=[Probe([("Heat", 1)], "Babe", 0.25)],
-)
+ABOUT = dataclasses.replace(samples.ABOUT, base_model=dataclasses.replace(samples.ABOUT.base_model, name="ns/tiny"))
 CARD = "---\nlicense: apache-2.0\nlibrary_name: peft\ntags:\n- recommendation\n---\n# Films\n"
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(40)
 REPO = "me/films"

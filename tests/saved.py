@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
+from samples import PRIOR
 from test_encoders import shape_of
 
 from peftrec import adapters, artifact, backbone, config, encode, scorer
@@ -16,14 +16,6 @@ from peftrec.prompts import WholeText
 from peftrec.target import Target
 
 HEADER = "What this person rated, oldest first:\n"
-FILMS = pl.DataFrame(
-    {
-        "item_id": [10, 11, 12, 13, 14],
-        "title": ["Heat", "Toy Story", "Sabrina", "Sabrina", "187"],
-        "year": [1995, 1995, 1954, 1995, 1997],
-    }
-)
-PRIOR = Prior(0.4, {"10": 0.9, "11": -0.7, "12": 0.1}, 3.0)
 QUESTIONS = [
     ([("Heat (1995)", 1), ("Toy Story (1995)", 0)], "Sabrina (1954)"),
     ([], "187 (1997)"),

@@ -9,30 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import ABOUT, PROMPT
 
 from peftrec import artifact, config
-from peftrec.artifact import Artifact, Base, Probe, PromptFormat, Scoring, Source
+from peftrec.artifact import Scoring
 from peftrec.baselines import Prior
 from peftrec.errors import ModelError
 from peftrec.target import Target
 
-PROMPT = PromptFormat(
-    layout="timeline",
-    header="Rated:\n",
-    item="{title}",
-    answers=[" no", " yes"],
-    answer_ids=[5, 6],
-    max_tokens=64,
-    max_item_tokens=8,
-)
-ABOUT = Artifact(
-    prompt=PROMPT,
-    base_model=Base(name="tiny", hub_id="ns/tiny", fingerprint="f" * 64, parameters=10, dtype="float32"),
-    data=Source(name="ml-100k", sha256="a" * 64),
-    peftrec_version="0.1.0",
-    like_at=4.0,
-    probes=[Probe([("Heat", 1)], "Babe", 0.25)],
-)
 PRIOR = Prior(0.5, {"1": 0.25}, 3.0)
 
 

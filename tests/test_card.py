@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import samples
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peftrec import card, card_limits, card_sections, card_text, config, record
-from peftrec.artifact import Artifact, Base, Probe, PromptFormat, Source
+from peftrec.artifact import Artifact, Base, Probe, Source
 from peftrec.card_facts import Facts, File, is_local, public_recipe, read_author, read_facts
 from peftrec.cli import main
 from peftrec.config import Author
@@ -51,23 +52,12 @@ RECIPE: dict[str, Any] = {
 
 
 def about(**changes: Any) -> Artifact:
-    prompt = PromptFormat(
-        layout="timeline",
-        header="Rated:\n",
-        item="{title}",
-        answers=[" no", " yes"],
-        answer_ids=[5, 6],
-        max_tokens=64,
-        max_item_tokens=8,
-        bos="<s>",
-        example="<s>Rated:\nHeat: yes\nBabe:",
-    )
-    whole = Artifact(
+    prompt = dataclasses.replace(samples.PROMPT, bos="<s>", example="<s>Rated:\nHeat: yes\nBabe:")
+    whole = dataclasses.replace(
+        samples.ABOUT,
         prompt=prompt,
         base_model=Base(name="tiny", hub_id="tiny", fingerprint="f" * 64, parameters=1000, dtype="float32"),
         data=Source(name="my.csv", sha256="a" * 64),
-        peftrec_version="0.1.0",
-        like_at=4.0,
         probes=[Probe([("Heat", 1), ("Fargo", 0)], "Babe", 0.0), Probe([], "Heat", -1.5)],
     )
     return dataclasses.replace(whole, **changes)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from saved import FILMS, save_adapter, save_run
+from samples import FILMS
+from saved import save_adapter, save_run
 from sklearn.base import clone, is_classifier
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import RocCurveDisplay, roc_auc_score

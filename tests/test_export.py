@@ -15,7 +15,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from saved import FILMS, QUESTIONS, save_adapter, save_run, tiny_bert
+from samples import FILMS
+from saved import QUESTIONS, save_adapter, save_run, tiny_bert
 
 from peftrec import artifact, config, export
 from peftrec.cli import main

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from saved import FILMS, save_adapter
+from samples import FILMS
+from saved import save_adapter
 
 from peftrec.errors import DataError
 from peftrec.frames import score_frame

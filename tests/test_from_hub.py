@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from hub_server import READ, HubServer
-from test_recommender import FILMS, save_adapter
+from samples import FILMS
+from test_recommender import save_adapter
 
 from peftrec import artifact, contents, hub, loading
 from peftrec.errors import HubError, ModelError

@@ -12,7 +12,8 @@ import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_recommender import FILMS, save_adapter
+from samples import FILMS
+from test_recommender import save_adapter
 
 from peftrec.errors import DataError
 from peftrec.histories import Histories

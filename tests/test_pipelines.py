@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from saved import FILMS, save_adapter
+from samples import FILMS
+from saved import save_adapter
 
 import peftrec
 from peftrec.errors import DataError, ModelError

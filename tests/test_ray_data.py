@@ -14,8 +14,9 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
+from samples import FILMS
 from test_pairs import LOG, pairs_of
-from test_recommender import FILMS, save_adapter
+from test_recommender import save_adapter
 
 from peftrec.errors import DataError
 from peftrec.histories import Histories

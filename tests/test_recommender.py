@@ -17,9 +17,9 @@ import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from samples import FILMS, PRIOR
 
 from peftrec import adapters, artifact, backbone, config, encode, scorer
-from peftrec.baselines import Prior
 from peftrec.catalogue import Catalogue, read_history, read_items
 from peftrec.errors import DataError, ModelError
 from peftrec.prompts import WholeText
@@ -27,14 +27,6 @@ from peftrec.recommender import Recommender
 from peftrec.target import Target
 
 HEADER = "What this person rated, oldest first, and whether they liked each:\n"
-FILMS = pl.DataFrame(
-    {
-        "item_id": [10, 11, 12, 13, 14],
-        "title": ["Heat", "Toy Story", "Sabrina", "Sabrina", "187"],
-        "year": [1995, 1995, 1954, 1995, 1997],
-    }
-)
-PRIOR = Prior(0.4, {"10": 0.9, "11": -0.7, "12": 0.1}, 3.0)
 
 
 def save_adapter(

@@ -23,7 +23,8 @@ import pytest
 from filelock import FileLock
 from hub_helpers import contents_of
 from hub_server import READ, HubServer
-from test_recommender import FILMS, save_adapter
+from samples import FILMS
+from test_recommender import save_adapter
 
 from peftrec import cli, scoring
 from peftrec.histories import Histories

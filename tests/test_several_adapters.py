@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_recommender import FILMS, PRIOR, save_adapter
+from samples import FILMS, PRIOR
+from test_recommender import save_adapter
 
 from peftrec import adapters, artifact, backbone, config, hub, loading, recommender
 from peftrec.artifact import Probe

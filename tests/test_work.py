@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_recommender import FILMS, save_adapter
+from samples import FILMS
+from test_recommender import save_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftrec import adapters, config, scorer

@@ -139,8 +139,7 @@ def table(found: dict[tuple[str, int, int], dict[str, Any]]) -> str:
     for k in sizes:
         plain = found[PLAIN, k, SEEDS[0]]
         scores = {option: np.array(found[option, k, SEEDS[0]]["score"]) for option in OPTIONS}
-        seeds = [np.array(found[PLAIN, k, seed]["score"]) for seed in SEEDS]
-        scores[ENSEMBLE] = np.mean(seeds, axis=0)
+        scores[ENSEMBLE] = np.mean([found[PLAIN, k, seed]["score"] for seed in SEEDS], axis=0)
         for name, score in scores.items():
             both = {name: score} if name == PLAIN else {name: score, PLAIN: scores[PLAIN]}
             drawn = bootstrap(np.array(plain["label"]), both, np.array(plain["user"]))
@@ -153,10 +152,11 @@ def table(found: dict[tuple[str, int, int], dict[str, Any]]) -> str:
         label, user = np.array(found[PLAIN, k, SEEDS[0]]["label"]), np.array(found[PLAIN, k, SEEDS[0]]["user"])
         aucs = [metrics.click_metrics(label, np.array(found[PLAIN, k, s]["score"]), user)["auc"] for s in SEEDS]
         spread.append(f"K = {k}: {', '.join(f'{auc:.3f}' for auc in aucs)}")
+    seeds = ", ".join(map(str, SEEDS))
     told = (
-        f"{len(one['label']):,} test rows of {len(set(one['user']))} people; {STEPS} steps of one window of up to {TOKENS} "
-        f"tokens; seed {SEEDS[0]}. [low, high]: 95% interval over 1,000 resamples of the people, of differences on the "
-        f"same rows. AUC of the plain recipe under seeds {', '.join(map(str, SEEDS))}, which the ensemble averages: "
+        f"{len(one['label']):,} test rows of {len(set(one['user']))} people; {STEPS} steps of one window of up to "
+        f"{TOKENS} tokens; seed {SEEDS[0]}. [low, high]: 95% interval over 1,000 resamples of the people, of "
+        f"differences on the same rows. AUC of the plain recipe under seeds {seeds}, which the ensemble averages: "
         f"{'; '.join(spread)}."
     )
     return "\n".join((*lines, "", told))

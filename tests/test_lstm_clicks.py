@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from test_classical import make_log, two_tastes
@@ -172,6 +175,34 @@ def test_it_stands_among_the_others(log: Log, monkeypatch: pytest.MonkeyPatch) -
 
 def recipe_of(task: str) -> dict[str, object]:
     return {"task": task, "data": {"name": "ml-100k"}, "output_dir": "x"}
+
+
+def test_the_recipe_prints_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = moods()
+    events = pl.DataFrame({"user_id": log.user, "item_id": log.item, "timestamp": log.timestamp, "label": log.label})
+    events.with_columns(title=pl.format("Film {}", "item_id")).write_csv(tmp_path / "events.csv")
+    (tmp_path / "recipe.yaml").write_text(
+        f"data: {{interactions: {tmp_path}/events.csv, split: {{kind: cold_user, valid: 0.2, test: 0.2}}}}\n"
+        "eval: {baselines: [bias], bootstrap: 20}\noutput_dir: unused\n"
+    )
+    monkeypatch.setattr(lstm_clicks, "Settings", lambda: SHORT)
+    recipe = str(Path(__file__).parents[1] / "recipes" / "lstm.py")
+    monkeypatch.setattr(sys, "argv", [recipe, "--config", str(tmp_path / "recipe.yaml")])
+    runpy.run_path(recipe, run_name="__main__")
+    told = capsys.readouterr().out
+    assert "test: 240 rows of 12 users, 50.0% liked." in told
+    assert {"LSTM", "user+item bias", "matrix factorisation", "global mean"} <= set(
+        re.findall(r"^(\S.*?)  ", told, re.M)
+    )
+    assert "LSTM minus the other" in told
+    assert "cold_user" in told
+    assert re.search(r"LSTM: [12] epochs kept, log loss of the validation rows 0\.\d{4}\n$", told)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--task", "rating"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(recipe, run_name="__main__")
+    assert "task is rating; the LSTM predicts clicks" in capsys.readouterr().err
 
 
 def test_two_processes_find_what_one_finds(log: Log, tmp_path: Path) -> None:

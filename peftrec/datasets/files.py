@@ -87,16 +87,19 @@ def read_escaped(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     r"""Some columns of a file in Latin-1 with `;` between quoted values, in which `\` protects a quotation mark.
 
     Raises:
-        DataError: A column is missing.
+        DataError: A column is missing, or the file is not of this form.
     """
     import polars as pl
 
     with path.open(encoding="latin-1", newline="") as file:
         rows = csv.reader(file, delimiter=";", escapechar="\\", doublequote=False)
-        found = next(rows, [])
-        _check_columns(path, found, columns)
-        places = [found.index(name) for name in columns]
-        values = [[row[place] for place in places] for row in rows if len(row) > max(places)]
+        try:
+            found = next(rows, [])
+            _check_columns(path, found, columns)
+            places = [found.index(name) for name in columns]
+            values = [[row[place] for place in places] for row in rows if len(row) > max(places)]
+        except csv.Error as error:
+            raise _unreadable(path, error) from error
     return pl.DataFrame(values, schema=dict.fromkeys(columns, pl.String), orient="row")
 
 

@@ -27,7 +27,7 @@ def read(found: Found) -> Tables:
     ]
     shown = pl.concat(pages).with_columns(
         pl.col("shown").fill_null("").str.split(" "),
-        timestamp=pl.col("time").str.to_datetime("%m/%d/%Y %I:%M:%S %p", time_unit="us").dt.epoch("s"),
+        timestamp=pl.col("time").str.to_datetime("%m/%d/%Y %I:%M:%S %p", time_unit="us", strict=False).dt.epoch("s"),
     )
     parts = pl.col("shown").str.extract_groups(r"^(?<item_id>\S+)-(?<label>[01])$")
     events = shown.explode("shown").filter(pl.col("shown") != "").with_columns(parts.alias("parts"))

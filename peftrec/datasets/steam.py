@@ -27,7 +27,10 @@ def read_200k(found: Found) -> Tables:
     (path,) = found["steam-200k.csv"]
     columns = ("user_id", "title", "behavior", "value")
     rows = files.read_table(path, columns, header=False, quoted=True)
-    hours = pl.when(pl.col("behavior") == "play").then(pl.col("value").cast(pl.Float64)).otherwise(0.0)
+    told = pl.col("value").cast(pl.Float64, strict=False)
+    if wrong := rows.filter(told.is_null()).height:
+        raise DataError(f"{path}: {wrong} rows whose fourth value is no number; expected {', '.join(columns)}")
+    hours = pl.when(pl.col("behavior") == "play").then(told).otherwise(0.0)
     events = rows.with_columns(rating=hours).group_by("user_id", item_id="title", maintain_order=True)
     return _tables(events.agg(pl.col("rating").sum(), title=pl.col("title").first()))
 

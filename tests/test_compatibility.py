@@ -63,6 +63,19 @@ CASES: list[tuple[dict[str, Any], str]] = [
         {"adapter": {"method": "other", "peft_type": "prefix_tuning"}, "train": {"gradient_checkpointing": True}},
         "train.gradient_checkpointing: true; a prefix lives in the cache",
     ),
+    (
+        {"adapter": {"method": "adalora"}, "train": {"average_checkpoints": 2}},
+        "train.average_checkpoints: 2; its ranks differ from one checkpoint to the next; set it to 1, or use",
+    ),
+    ({"train": {"average_checkpoints": 5}}, "train.average_checkpoints: 5; a run saves as many checkpoints as"),
+    (
+        {"train": {"average_checkpoints": 5, "evals": 0}},
+        "train.average_checkpoints: 5; a run saves as many checkpoints",
+    ),
+    (
+        {"train": {"fgm_epsilon": 0.5, "torch_compile": True}},
+        "train.fgm_epsilon: 0.5; it moves embeddings between two passes, which a compiled model does not let it",
+    ),
 ]
 
 FINE: list[dict[str, Any]] = [
@@ -70,6 +83,7 @@ FINE: list[dict[str, Any]] = [
     {"adapter": {"variant": "dora"}, "model": {"load_in_4bit": True}},
     {"adapter": {"variant": "rslora"}, "model": {"load_in_8bit": True}},
     {"adapter": {"method": "full"}},
+    {"train": {"average_checkpoints": 4, "evals": 0, "fgm_epsilon": 0.5}},
     {"adapter": {"method": "adalora"}},
     {"adapter": {"method": "adalora", "tinit": 89, "tfinal": 0.1}, "train": {"max_steps": 100}},
     {"adapter": {"method": "adalora", "tinit": 500}},
@@ -131,6 +145,12 @@ LAUNCHES: list[tuple[dict[str, Any], tuple[Any, ...], str]] = [
     ({"adapter": {"method": "full"}}, ("fsdp", 2), "eval.base_model: true; it is scored before fsdp cuts"),
     ({"model": {"load_in_8bit": True}}, ("fsdp", 2), "model.load_in_8bit: true; 8-bit weights cannot be cut"),
     ({"adapter": {"method": "adalora"}}, ("fsdp", 2), "adapter.method: adalora; it takes ranks away from whole"),
+    (
+        {"train": {"average_checkpoints": 3}},
+        ("fsdp", 2),
+        "train.average_checkpoints: 3; fsdp keeps checkpoints in shards, which are not averaged",
+    ),
+    ({"train": {"fgm_epsilon": 1}}, ("deepspeed", 2), "train.fgm_epsilon: 1.0; deepspeed expects one backward pass"),
 ]
 
 

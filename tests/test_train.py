@@ -154,6 +154,18 @@ def test_what_training_was(fit: Callable[..., Any], tmp_path: Path, log: Log, co
     assert [entry["step"] for entry in fitted.log if "eval_loss" in entry][-1] == fitted.steps
 
 
+def test_weight_decay_by_hand(
+    fit: Callable[..., Any], tmp_path: Path, load_tiny: Callable[..., Any], tiny_llama_folder: Path
+) -> None:
+    """One step of AdamW takes learning_rate * weight_decay of each weight away, beside what the gradient says."""
+    start = adapters.attach(load_tiny(tiny_llama_folder), config.Adapter(r=4), base_name="tiny", seed=3)
+    step = {"max_steps": 1, "evals": 0, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    (plain, _), (decayed, _) = (fit(tmp_path / str(w), changed(**step, weight_decay=w)) for w in (0.0, 0.5))
+    for name, before in adapter_of(start).items():
+        expected = adapter_of(plain)[name] - 1e-2 * 0.5 * before
+        assert torch.allclose(adapter_of(decayed)[name], expected, atol=1e-6), name
+
+
 def test_steps() -> None:
     two = config.Train(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2)
     assert training.steps_per_epoch(two, 10) == 3

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peftrec import adalora, config, lora_start, methods, quantized, virtual_tokens
+from peftrec import adalora, config, fused, lora_start, methods, quantized, virtual_tokens
 from peftrec.compatibility import REFUSED_TYPES
 from peftrec.errors import ConfigError, ModelError
 
@@ -80,8 +80,11 @@ def attach(
     if adapter.variant == "loftq":
         assert original is not None
         lora_start.from_quantization_error(attached, original())
-    # A projection has no way back from keys and values, and only a model with a cache keeps what it has read.
-    reads = adapter.method == "p_tuning" or (adapter.method == "prefix" and not adapter.prefix_projection)
+    # A projection has no way back from keys and values. What an LSTM says of two tokens is so alike at first that only
+    # large weights tell them apart, from which it does not learn.
+    reads = (adapter.method == "prefix" and not adapter.prefix_projection) or (
+        adapter.method == "p_tuning" and adapter.encoder_reparameterization_type == "MLP"
+    )
     reads &= methods.task_type(model) == "CAUSAL_LM"
     if reads and opening is not None and (text := opening(adapter.num_virtual_tokens)):
         virtual_tokens.start_as_text(attached, torch.tensor(text))
@@ -125,6 +128,7 @@ def _wrap(model: Any, wanted: Any) -> Any:
         if isinstance(module, BaseTunerLayer) and id(module.get_base_layer()) in packed:
             # Some of PEFT's layers answer in float32, which the next layer cannot take.
             module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+    fused.install(attached)
     return attached
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from peftrec import assets, attention, config, heads, quantized
+from peftrec import assets, attention, config, fused, heads, quantized
 from peftrec.errors import ConfigError, ModelError
 from peftrec.prompts import Kind
 from peftrec.target import Target
@@ -130,6 +130,7 @@ def load(model: config.Model, target: Target | None = None, *, token: str | bool
         if model.attn_implementation == "sdpa" and not on_gpu:
             # Only now: transformers has checked that this architecture can do without eager attention's extras.
             loaded.set_attn_implementation(attention.register())
+    fused.install(loaded)
     packaged = assets.MODELS.get(model.name)
     new = {name: p.numel() for name, p in loaded.named_parameters() if p.requires_grad}
     name = Path(model.name).name if Path(model.name).is_dir() else model.name

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from peftrec.interactions import Task
 from peftrec.metrics import ClickRows, RatingRows
-from peftrec.ranking import Floats, Ints, codes
+from peftrec.ranking import Floats, Ints, codes, ratio
 
 # Weights held at once while resampling: 32 MB of float64 for each temporary.
 _CHUNK_CELLS = 4_000_000
@@ -72,7 +72,7 @@ def bootstrap(
     """
     users, n_users = codes(user)
     given = answers or {}
-    scorers: dict[str, ClickRows | RatingRows] = {
+    scorers = {
         name: (
             ClickRows.of(truth, score, users, n_users, ranking_only=name in ranking_only)
             if task == "click"
@@ -80,8 +80,38 @@ def bootstrap(
         )
         for name, score in scores.items()
     }
+    return resample(scorers, len(users), n_users, n, seed)
+
+
+@dataclass(frozen=True)
+class UserMeans:
+    """Figures that are means over users, or ratios of sums over users.
+
+    Attributes:
+        parts: metric -> each user's share of what is divided and of what it is divided by, (n_users,) each.
+    """
+
+    parts: Mapping[str, tuple[Floats, Floats]]
+
+    def measure(self, times: Floats) -> dict[str, Floats]:
+        """Every metric under B weightings of the users: (B, n_users) -> metric -> (B,)."""
+        return {name: ratio(times @ top, times @ bottom) for name, (top, bottom) in self.parts.items()}
+
+
+def resample(
+    scorers: Mapping[str, ClickRows | RatingRows | UserMeans], n_rows: int, n_users: int, n: int, seed: int
+) -> Bootstrap:
+    """What `bootstrap` gives, of scorers that are ready to be measured.
+
+    Args:
+        scorers: differences are taken to the first.
+        n_rows: rows behind each scorer, which set how much is computed at once.
+        n_users: number of users.
+        n: resamples.
+        seed: of the resamples.
+    """
     points = {name: scorer.measure(np.ones((1, n_users))) for name, scorer in scorers.items()}
-    values = _resampled(scorers, points, n if n_users else 0, len(users), n_users, seed)
+    values = _resampled(scorers, points, n if n_users else 0, n_rows, n_users, seed)
     intervals = {
         name: {key: _interval(point[0], values[name][key]) for key, point in points[name].items()} for name in scorers
     }
@@ -99,7 +129,7 @@ def bootstrap(
 
 
 def _resampled(
-    scorers: Mapping[str, ClickRows | RatingRows],
+    scorers: Mapping[str, ClickRows | RatingRows | UserMeans],
     points: Mapping[str, Mapping[str, Floats]],
     n: int,
     n_rows: int,

@@ -83,12 +83,15 @@ def idle(recipe: Any) -> dict[str, str]:
         ),
         (recipe.train.order == "random", "train.order", "train.shuffle_within"),
         (method == "none", "adapter.method", "prompt.paraphrases"),
+        (recipe.task == "rating", "task", "train.pairwise"),
+        (layout == "pointwise", "prompt.layout", "train.pairwise"),
         (recipe.train.lr_scheduler_type == "constant", "train.lr_scheduler_type", "train.warmup_steps"),
         (recipe.score.head == "linear", "score.head", "score.loss"),
         (recipe.score.head != "tokens", "score.head", "eval.base_model"),
         (recipe.task == "rating" and recipe.prompt.history == "all", "prompt.history", "data.like_at"),
         (recipe.train.evals == 0, "train.evals", "train.early_stopping_patience train.metric_for_best_model"),
         (is_folder(hub.repo_id), "hub.repo_id", "hub.private hub.revision hub.create_pr hub.tag hub.commit_message"),
+        (not recipe.side.used, "side.als", "side.hidden_size side.dropout"),
         (not hub.push, "hub.push", _keys(hub, "hub.", but="hub.push")),
     )
     return {key: decider for applies, decider, keys in cases if applies for key in keys.split()}

@@ -72,6 +72,10 @@ def _quantized(recipe: Any) -> bool:
     return bool(recipe.model.load_in_4bit or recipe.model.load_in_8bit)
 
 
+def _side(key: str, applies: Callable[[Any], bool] = lambda recipe: True) -> Callable[[Any], bool]:
+    return lambda recipe: bool(getattr(recipe.side, key)) and applies(recipe)
+
+
 def _foreign_variant(method: str) -> Callable[[Any], bool]:
     return lambda recipe: recipe.adapter.method == method and recipe.adapter.variant not in (None, *VARIANTS[method])
 
@@ -79,6 +83,30 @@ def _foreign_variant(method: str) -> Callable[[Any], bool]:
 def _of_type(name: str) -> Callable[[Any], bool]:
     return lambda recipe: _peft_type(recipe) == name
 
+
+SIDE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        ("data.records",),
+        lambda recipe: recipe.data.records is not None,
+        "ready-made prompts (data.records) have no items; leave it out",
+    ),
+    (
+        ("prompt.template", "prompt.layout"),
+        lambda recipe: recipe.prompt.layout == "pointwise" and recipe.prompt.template is not None,
+        "a template says nowhere where an event's vectors would stand; remove prompt.template, or leave this out",
+    ),
+    (
+        ("adapter.method",),
+        lambda recipe: recipe.adapter.method == "none",
+        "nothing is trained under adapter.method: none, and an untrained projector adds nothing; leave it out",
+    ),
+    (
+        ("adapter.method",),
+        lambda recipe: recipe.adapter.method == "full",
+        "adapter.method: full is saved as a model for anybody, which has no place for projectors; train an adapter",
+    ),
+)
+"""What side vectors of any source cannot stand with: the other keys, when, and why."""
 
 RULES = (
     *(
@@ -160,6 +188,18 @@ RULES = (
         lambda recipe: recipe.train.fgm_epsilon > 0 and recipe.train.torch_compile,
         "it moves embeddings between two passes, which a compiled model does not let it; remove one of them",
     ),
+    *(
+        Rule(f"side.{key}", others, _side(key, applies), text)
+        for key in ("als", "items", "users")
+        for others, applies, text in SIDE_RULES
+    ),
+    Rule(
+        "side.als",
+        ("train.order",),
+        _side("als", lambda recipe: recipe.train.order == "random"),
+        "a person's factors follow from what came before, and train.order: random has no before; set it to time, or "
+        "leave this out",
+    ),
 )
 
 
@@ -217,6 +257,14 @@ LAUNCH_RULES = (
         "score.head",
         lambda recipe, launch: launch.engine == "deepspeed" and recipe.score.head != "tokens",
         "such a head computes in float32, where DeepSpeed has one type; set it to tokens, or launch without DeepSpeed",
+    ),
+    *(
+        LaunchRule(
+            f"side.{key}",
+            lambda recipe, launch, key=key: launch.engine != "plain" and bool(getattr(recipe.side, key)),  # type: ignore[misc]
+            "its projectors stand at the embeddings, which {engine} cuts into shards; launch with multi_gpu.yaml",
+        )
+        for key in ("als", "items", "users")
     ),
     LaunchRule(
         "adapter.method",

@@ -236,6 +236,27 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Side:
+    """Vectors beside an event's text, which trained projectors turn into a soft token."""
+
+    als: bool = False
+    """What a factorisation of the training answers knows of the item and, by then, of the person."""
+    items: Text | Annotated[list[Text], Check("at least one file", bool), Distinct] | None = None
+    """A Parquet, safetensors or npz file, or several, with item_id and vector."""
+    users: Text | None = None
+    """Such a file with user_id and vector; the adapter keeps nobody's, and whoever asks gives it."""
+    hidden_size: Count = 64
+    """Width of a projector's hidden layer."""
+    dropout: Annotated[float, Check("a share from 0 to below 1", lambda x: 0 <= x < 1)] = 0.1
+    """Share of the events whose vectors are left out in training, so that the text is learned from too."""
+
+    @property
+    def used(self) -> bool:
+        """Whether there are any."""
+        return bool(self.als or self.items or self.users)
+
+
+@dataclass(frozen=True)
 class Train:
     """The optimisation; the names are those of transformers.TrainingArguments."""
 
@@ -275,6 +296,9 @@ class Train:
     order: Literal["time", "random"] = "time"
     """A training event sees the events before it in time, or any others of its user in an order drawn by the seed: for
     random folds, where a row to predict knows later events too."""
+    pairwise: NotNegative = 0.0
+    """Weight of a second loss beside that of each event: a window's liked events should score above its others (clicks,
+    timeline). 0 leaves it out."""
     metric_for_best_model: Literal["loss", "auc", "uauc", "rmse", "mae"] = "loss"
     """Validation metric that chooses the checkpoint to keep."""
     logging_steps: Count = 10
@@ -304,12 +328,12 @@ class Eval:
     user_groups: Annotated[list[Text], Distinct] = field(default_factory=list)
     """Columns of the users table (age, gender) by which test rows are reported apart, too."""
     baselines: Annotated[
-        list[Literal["user_mean", "item_mean", "bias", "mf", "item_knn", "svd", "svdpp", "lstm", "popularity"]],
+        list[Literal["user_mean", "item_mean", "bias", "mf", "item_knn", "svd", "svdpp", "gbdt", "lstm", "popularity"]],
         Distinct,
     ] = field(default_factory=lambda: ["item_mean", "bias", "popularity"])
     """Scorers reported beside the model. `user_mean` is for ratings, `mf` is matrix factorisation by alternating least
-    squares; `lstm` (clicks) is two embeddings and an LSTM over a person's events; `item_knn`, `svd` and `svdpp` need
-    the extra: pip install 'peftrec[baselines]'."""
+    squares, `lstm` (clicks) two embeddings and an LSTM over a person's events; `item_knn`, `svd`, `svdpp` and `gbdt`
+    (boosted trees on counts and genres) need the extra: pip install 'peftrec[baselines]'."""
     base_model: bool = True
     """Also score the base model without the adapter."""
     max_valid_rows: Count | None = None
@@ -386,6 +410,8 @@ class Recipe:
     """Trained parameters."""
     score: Score = field(default_factory=Score)
     """Terms beside the model's own."""
+    side: Side = field(default_factory=Side)
+    """Vectors beside the text."""
     train: Train = field(default_factory=Train)
     """Optimisation."""
     eval: Eval = field(default_factory=Eval)
@@ -441,8 +467,9 @@ def parse_recipe(mapping: Mapping[str, Any], where: str) -> Recipe:
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Nested plain values that `parse_recipe` reads back, without the keys that do nothing in this recipe."""
-    # Where nothing is published that goes without saying.
+    # Where nothing is published, or nothing stands beside the text, that goes without saying.
     silent = {} if recipe.hub.push else {"hub.push": "hub.push"}
+    silent |= {} if recipe.side.als else {"side.als": "side.als"}
     return _plain(recipe, "", coherence.idle(recipe) | silent)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import string
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
-from peftrec import config
-from peftrec.augment import Augment
+from peftrec import config, kept
 from peftrec.errors import DataError, ModelError
 from peftrec.interactions import drawn_order
 from peftrec.prompts import (
@@ -25,6 +27,7 @@ from peftrec.prompts import (
     user_texts,
     with_user,
 )
+from peftrec.side_vectors import MarkedWindows, OfRun
 from peftrec.split import Log
 from peftrec.timeline import (
     PromptWindows,
@@ -32,7 +35,6 @@ from peftrec.timeline import (
     TextWindows,
     TimelineWindows,
     WindowDataset,
-    Wordings,
     evaluation_sight,
     training_sight,
 )
@@ -52,6 +54,7 @@ class Encoder:
         task: `click` or `rating`.
         shuffle: seed of a random order of each user's events in place of time, see config.Train.order.
         kind: of the base model; all but causal ones need the layout pointwise.
+        side: vectors beside the text, or None.
 
     Raises:
         DataError: the item template names a column that is not there, or answers do not go with the ratings.
@@ -68,8 +71,9 @@ class Encoder:
         task: Literal["click", "rating"] = "click",
         shuffle: int | None = None,
         kind: Kind = "causal",
+        side: OfRun | None = None,
     ) -> None:
-        self.log, self.prompt, self.ties, self._shuffle = log, prompt, ties, shuffle
+        self.log, self.prompt, self.ties, self._shuffle, self._side = log, prompt, ties, shuffle, side
         template = RECORD_TEMPLATE if prompt.template is None and log.prompts is not None else prompt.template
         # A template's prompt has no header, whose length would take room from the history.
         header = prompt.header if template is None else ""
@@ -84,24 +88,33 @@ class Encoder:
         if prompt.user is not None:
             assert log.users is not None, "interactions.load(…, with_users=…)"
             self._people = self.codec.written(user_texts(log.users, prompt.user), max_user_tokens(prompt.max_tokens))
-        self.questions = Pieces.of(self.codec.questions(self.texts, self.max_item_tokens) if self.texts else [])
+        self._key = _key(log, prompt, tokenizer, ties=ties, task=task, shuffle=shuffle, kind=kind)
+        items = kept.keep("items", self._key, self._items).arrays
+        self.questions = Pieces(items["flat"], items["start"])
 
-    def train(self, prior: np.ndarray | None, augment: Augment | None = None) -> WindowDataset:
-        """Every training event once, with its user's earlier training events in sight, in the forms of `augment`."""
-        sight = training_sight(self.log, liked_only=self._liked, ordered_ties=self._ordered, shuffle=self._shuffle)
-        return self._dataset(sight, prior, fill=False, augment=augment)
+    def train(self, prior: np.ndarray | None) -> WindowDataset:
+        """Every training event once, with the earlier training events of its user in sight."""
+
+        def sight() -> Sight:
+            return training_sight(self.log, liked_only=self._liked, ordered_ties=self._ordered, shuffle=self._shuffle)
+
+        return self._dataset(sight, prior, fill=False, rows=None)
 
     def evaluate(self, rows: np.ndarray, history: str, prior: np.ndarray | None) -> WindowDataset:
         """The rows `rows` (indices into the log), each knowing what `history` (streaming or frozen) lets it know."""
-        sight = evaluation_sight(
-            self.log,
-            rows,
-            streaming=history == "streaming",
-            liked_only=self._liked,
-            ordered_ties=self._ordered,
-            shuffle=self._shuffle,
-        )
-        return self._dataset(sight, prior, fill=True)
+
+        def sight() -> Sight:
+            return evaluation_sight(
+                self.log,
+                rows,
+                streaming=history == "streaming",
+                liked_only=self._liked,
+                ordered_ties=self._ordered,
+                shuffle=self._shuffle,
+            )
+
+        digest = hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()
+        return self._dataset(sight, prior, fill=True, rows=digest, history=history)
 
     def example(self) -> Question:
         """A short question as the prompt asks it; for prompt records the first one, whole."""
@@ -155,23 +168,46 @@ class Encoder:
     def _ordered(self) -> bool:
         return self.ties == "order"
 
+    def _items(self) -> kept.Kept:
+        """Each item's tokens."""
+        pieces = Pieces.of(self.codec.questions(self.texts, self.max_item_tokens) if self.texts else [])
+        return kept.Kept({"flat": pieces.flat, "start": pieces.start})
+
     def _dataset(
-        self, sight: Sight, prior: np.ndarray | None, *, fill: bool, augment: Augment | None = None
+        self, sight: Callable[[], Sight], prior: np.ndarray | None, *, fill: bool, **asked: str | None
     ) -> WindowDataset:
+        """The windows of what `sight` gives, which is not called where windows of the same name were kept."""
+
+        def make() -> kept.Kept:
+            made = WindowDataset(self._windows(sight(), fill), self.log.label, None, self.prompt.max_tokens)
+            return kept.Kept(made.kept())
+
+        key = None if self._key is None else kept.key_of(encoder=self._key, fill=fill, asked=asked)
+        arrays = kept.keep("windows", key, make).arrays
+        rows = Pieces(arrays["packed"], arrays["packed_start"])
+        return WindowDataset(self._of(arrays), self.log.label, prior, self.prompt.max_tokens, rows)
+
+    def _of(self, arrays: Mapping[str, np.ndarray]) -> TimelineWindows | PromptWindows:
+        if "spans" in arrays:
+            return TimelineWindows.of(arrays, self.log, self.codec, self.questions)
+        return (TextWindows if isinstance(self.codec, WholeText) else PromptWindows).of(arrays)
+
+    def _windows(self, sight: Sight, fill: bool) -> TimelineWindows | PromptWindows:
         prompt = self.prompt
-        windows: TimelineWindows | PromptWindows | Wordings
+        windows: TimelineWindows | PromptWindows
         if self.log.prompts is not None:
             rows = np.sort(sight.row[sight.read])
-            records = self._records(rows)
-            windows = self._worded(
-                augment,
-                lambda template: prompt_windows(
-                    self.codec, rows, [record_ids(self.codec, template, one, prompt.max_tokens) for one in records]
-                ),
+            windows = prompt_windows(
+                self.codec,
+                rows,
+                [record_ids(self.codec, self.template or "", one, prompt.max_tokens) for one in self._records(rows)],
             )
         else:
             single = prompt.layout == "pointwise"
-            windows = TimelineWindows(
+            made: Callable[..., TimelineWindows] = TimelineWindows
+            if self._side is not None:
+                made = partial(MarkedWindows, self._side.evaluation if fill else self._side.training)
+            windows = made(
                 self.log,
                 self.codec,
                 self.questions,
@@ -182,38 +218,18 @@ class Encoder:
                 fill=fill or single,
                 single=single,
                 max_history=prompt.max_history,
-                augment=augment,
-                headers=self._headers() if augment else (),
             )
             if self.template is not None:
-                plain = windows
-                windows = self._worded(augment, lambda template: self._templated(plain, template))
-        return WindowDataset(windows, self.log.label, prior, prompt.max_tokens)
+                windows = self._templated(windows)
+        return windows
 
     def _records(self, rows: np.ndarray) -> list[dict[str, str]]:
         assert self.log.prompts is not None
         picked = self.log.prompts[rows].select("instruction", "input").fill_null("")
         return picked.to_dicts()
 
-    def _worded(self, augment: Augment | None, make: Callable[[str], PromptWindows]) -> PromptWindows | Wordings:
-        """Prompts by the recipe's template, and by its paraphrases where those are to be drawn."""
-        own = make(self.template or "")
-        if augment is None or not self.prompt.paraphrases:
-            return own
-        others = self.prompt.paraphrases
-        if isinstance(self.codec, WholeText):
-            others = [self.codec.completed(one) for one in others]
-        return Wordings([own, *(make(one) for one in others)], augment)
-
-    def _headers(self) -> list[list[int]]:
-        """The header and its paraphrases as token ids; none where a template stands in their place."""
-        if self.template is not None or not self.prompt.paraphrases:
-            return []
-        ended = [one if one.endswith(LINE_END) else one + LINE_END for one in self.prompt.paraphrases]
-        return [self.codec.header, *(self.codec.prompt(one) for one in ended)]
-
-    def _templated(self, windows: TimelineWindows, template: str) -> PromptWindows:
-        """One prompt by a template for each window, which holds one read event and what fits before it."""
+    def _templated(self, windows: TimelineWindows) -> PromptWindows:
+        """One prompt by the recipe's template for each window, which holds one read event and what fits before it."""
         rows, ids = [], []
         of_user: dict[int, tuple[str, int]] = {}
         length = self.questions.lengths + self.codec.tail_length
@@ -222,19 +238,19 @@ class Encoder:
             item = self.log.item[events]
             user = int(self.log.user[events[-1]])
             if user not in of_user:
-                of_user[user] = self._about(user, template)
-            whole, room = of_user[user]
+                of_user[user] = self._about(user)
+            template, room = of_user[user]
             # The oldest events go first; the candidate's own text (last) always stays.
             fits = int((np.cumsum(length[item][::-1]) <= room).sum())
             past = events[max(0, len(events) - fits) : -1]
             lines = [self._line(row) for row in past.tolist()]
             rows.append(int(events[-1]))
-            ids.append(templated_ids(self.codec, whole, lines, self.texts[int(item[-1])], self.prompt.max_tokens))
+            ids.append(templated_ids(self.codec, template, lines, self.texts[int(item[-1])], self.prompt.max_tokens))
         return prompt_windows(self.codec, np.asarray(rows), ids)
 
-    def _about(self, user: int, template: str) -> tuple[str, int]:
+    def _about(self, user: int) -> tuple[str, int]:
         """The template with what it says of a user, and the room (tokens) that this leaves for events."""
-        template = with_user(template, self._people[user] if self._people else "")
+        template = with_user(self.template or "", self._people[user] if self._people else "")
         return template, self.prompt.max_tokens - len(self.codec.prompt(template.format(history="", item="")))
 
     def _line(self, row: int) -> str:
@@ -242,10 +258,26 @@ class Encoder:
         return f"{self.texts[int(self.log.item[row])]}{ANSWER_MARK}{answer}{self.codec.line_end_text}"
 
 
+def _key(log: Log, prompt: config.Prompt, tokenizer: Any, **settings: Any) -> str | None:
+    """A hash of all that windows are made of besides what is asked for; None where it cannot be known."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if log.key is None or fast is None:
+        return None
+    return kept.key_of(
+        log=log.key,
+        prompt=dataclasses.asdict(prompt),
+        tokenizer=hashlib.sha256(fast.to_str().encode()).hexdigest(),
+        special=repr((type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template)),
+        settings=settings,
+    )
+
+
 def prompt_windows(codec: Texts, rows: np.ndarray, ids: Sequence[list[int]]) -> PromptWindows:
     """Prompts as a model reads them that goes with `codec`: see `PromptWindows` and `TextWindows`."""
     if isinstance(codec, WholeText):
-        return TextWindows(rows, ids, [codec.types(one) for one in ids])
+        types = [codec.types(one) for one in ids]
+        told = [one for one in types if one is not None]
+        return TextWindows(rows, ids, told if len(told) == len(types) and told else None)
     return PromptWindows(rows, ids)
 
 

@@ -97,6 +97,7 @@ def merged(
     """
     adapter = loading.find(adapter)
     about = artifact.read(adapter)
+    _check_side(adapter, about)
     if dtype not in backbone.DTYPES:
         raise ModelError(f"dtype: {dtype!r}; expected one of {', '.join(backbone.DTYPES)}")
     with _written(output) as folder:
@@ -147,6 +148,7 @@ def for_vllm(adapter: str | Path, output: str | Path) -> ForVllm:
     """
     adapter = loading.find(adapter)
     about = artifact.read(adapter)
+    _check_side(adapter, about)
     found = _lora_config(adapter)
     problems = [f"{name} is {found[name]!r}" for name in VLLM_REFUSED if found.get(name)]
     if found.get("bias", "none") != "none":
@@ -168,6 +170,13 @@ def for_vllm(adapter: str | Path, output: str | Path) -> ForVllm:
         _copy(adapter, folder, (adapters.CONFIG, adapters.WEIGHTS, artifact.FILE, artifact.PRIOR_FILE))
     least = next(allowed for allowed in VLLM_RANKS if allowed >= int(rank or 0))
     return ForVllm(Path(output), about.base_model.hub_id, least)
+
+
+def _check_side(adapter: Path, about: artifact.Artifact) -> None:
+    if about.side:
+        raise ModelError(
+            f"{adapter}: side vectors, which only peftrec can add; serve it with peftrec, or train without side"
+        )
 
 
 @contextmanager

@@ -26,6 +26,7 @@ LABELS = {
     "svd": "SVD",
     "svdpp": "SVD++",
     "lstm": "LSTM",
+    "gbdt": "boosted trees",
     "global_mean": "global mean",
 }
 """What people read for a scorer's name; other names are shown as they are."""

@@ -46,6 +46,7 @@ class Log:
         scale: What each label stands for, ascending: 0 and 1 for clicks, the ratings that can be given for ratings.
         liked_from: Lowest label that counts as liked; None where nobody said.
         users: What is known of the users, one row for each of `user_ids`; None where it was not asked for.
+        key: Hash of all that it was made of, where that is known: see `prepared.load`.
     """
 
     user: np.ndarray
@@ -60,6 +61,7 @@ class Log:
     scale: tuple[float, ...] = CLICK_SCALE
     liked_from: int | None = 1
     users: pl.DataFrame | None = None
+    key: str | None = None
 
     def __len__(self) -> int:
         return len(self.user)

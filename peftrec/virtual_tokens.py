@@ -111,7 +111,7 @@ def start_as_text(model: Any, ids: torch.Tensor) -> None:
     Prefix-Tuning (2021), section 7.4, saw the same where data are few.
 
     Args:
-        model: PEFT's model around a causal base model, with a prefix that is not projected, or p-tuning.
+        model: PEFT's model around a causal base model, with a prefix that is not projected, or p-tuning by an MLP.
         ids: the text; of it as many tokens as there are virtual ones are taken, over again if it is shorter.
     """
     size = model.active_peft_config.num_virtual_tokens

@@ -35,10 +35,13 @@ from peftrec import (
     methods,
     metrics,
     opponents,
+    prepared,
     processes,
     record,
     report,
     scorer,
+    side,
+    side_vectors,
     split,
     train,
     virtual_tokens,
@@ -75,8 +78,7 @@ def main() -> None:
         say(f"warning: {mistake}")
 
     # Data: tables -> one log of events, each in one split.
-    data = interactions.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
-    log = split.split(data, recipe.data.split, recipe.seed)
+    data, log = prepared.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
     for warning in data.warnings:
         say(f"warning: {warning}")
     sizes = ", ".join(f"{name} {int((log.split == code).sum()):,}" for code, name in enumerate(split.SPLITS))
@@ -86,6 +88,7 @@ def main() -> None:
 
     # What counting alone predicts: the opponents, and the prior if the recipe wants one.
     known = opponents.measure(log, recipe)
+    beside = side_vectors.of_run(log, recipe) if recipe.side.used else None
 
     # What is predicted, text and model.
     methods.check(recipe.adapter)
@@ -110,6 +113,7 @@ def main() -> None:
         task=recipe.task,
         shuffle=recipe.seed if recipe.train.order == "random" else None,
         kind=loaded.kind,
+        side=beside,
     )
     model = scorer.with_head(loaded.model, target.head, encoder.codec.answers)
     say(f"model: {loaded.base.name}, {loaded.base.parameters / 1e6:.0f} M parameters, on {model.device}")
@@ -145,6 +149,8 @@ def main() -> None:
             original=lambda: backbone.load(dataclasses.replace(recipe.model, load_in_4bit=False), target).model,
             opening=lambda tokens: encoder.opening(tokens, recipe.seed),
         )
+        if beside is not None:
+            side.attach(model, beside, recipe.side, seed=recipe.seed)
         backbone.check_window(loaded.model, recipe.prompt.max_tokens, virtual_tokens.count(model))
     # Nothing is written before everything that can be wrong with the recipe has been tried.
     if state.is_main_process:
@@ -171,7 +177,7 @@ def main() -> None:
     rows, outputs = train.score(model, reported, description="score", processes=state)
     score_seconds = time.perf_counter() - begin
     if fitted is not None and asks_base and base_outputs is None:
-        with model.disable_adapter():
+        with model.disable_adapter(), side.off():
             _, base_outputs = train.score(model, reported, description="score, base model", processes=state)
     processes.gather(model)
     processes.leave()
@@ -223,8 +229,9 @@ def main() -> None:
             max_item_tokens=encoder.max_item_tokens,
             example=encoder.example(),
             template=encoder.template,
+            side=list(beside.sources) if beside else (),
         )
-        _save(folder / "adapter", model, loaded.tokenizer, about, known.saved_prior)
+        _save(folder / "adapter", model, loaded.tokenizer, about, known.saved_prior, beside)
         facts |= {
             "config": config.recipe_to_dict(recipe)["adapter"],
             "trainable_parameters": adapters.trainable_parameters(model),
@@ -244,7 +251,7 @@ def main() -> None:
                 **dataclasses.asdict(recipe.eval),
                 "rows": len(rows),
                 "seconds": score_seconds,
-                "settings": known.settings,
+                "settings": known.settings | ({"side": beside.settings} if beside else {}),
             },
             hardware=record.hardware(backbone.accelerators()),
             exposure=exposure(
@@ -327,13 +334,15 @@ def _prepare(folder: Path, recipe: config.Recipe, *, resume: bool) -> None:
         scratch.write_text(config.dump_recipe(recipe))
 
 
-def _save(folder: Path, model: Any, tokenizer: Any, about: artifact.Artifact, prior: Any) -> None:
+def _save(folder: Path, model: Any, tokenizer: Any, about: artifact.Artifact, prior: Any, beside: Any) -> None:
     """Write the adapter folder whole or not at all."""
     scratch = folder.with_name(f".{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     adapters.save(model, scratch)
     tokenizer.save_pretrained(scratch)
     artifact.write(scratch, about, prior)
+    if beside is not None:
+        side.save(model, scratch, beside.sources)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
 
@@ -360,7 +369,8 @@ def _probe(
         for history, candidate in encoder.questions_of(PROBES, recipe.seed):
             told = [(text, encoder.codec.answer_texts[answer]) for text, answer in history]
             (score,) = recommender.score(told, [candidate])
-            probes.append(artifact.Probe(history, candidate, float(score)))
+            ids = recommender.item_ids(told, [candidate]) if about.side else []
+            probes.append(artifact.Probe(history, candidate, float(score), ids))
     about = dataclasses.replace(about, probes=probes, record_probes=record_probes)
     artifact.write(folder, about, known.saved_prior)
 

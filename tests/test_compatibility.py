@@ -76,6 +76,26 @@ CASES: list[tuple[dict[str, Any], str]] = [
         {"train": {"fgm_epsilon": 0.5, "torch_compile": True}},
         "train.fgm_epsilon: 0.5; it moves embeddings between two passes, which a compiled model does not let it",
     ),
+    (
+        {"side": {"als": True}, "adapter": {"method": "full"}},
+        "side.als: true; adapter.method: full is saved as a model for anybody",
+    ),
+    (
+        {"side": {"items": "v.npz"}, "adapter": {"method": "none"}},
+        "side.items: v.npz; nothing is trained under adapter.method: none",
+    ),
+    (
+        {"side": {"als": True}, "train": {"order": "random"}, "eval": {"history": "frozen"}},
+        "side.als: true; a person's factors follow from what came before",
+    ),
+    (
+        {"side": {"users": "v.npz"}, "prompt": {"layout": "pointwise", "template": "{history}{item}:"}},
+        "side.users: v.npz; a template says nowhere where an event's vectors would stand",
+    ),
+    (
+        {"side": {"als": True}, "data": {"records": "r.jsonl"}, "prompt": {"layout": "pointwise"}},
+        "side.als: true; ready-made prompts (data.records) have no items",
+    ),
 ]
 
 FINE: list[dict[str, Any]] = [
@@ -90,6 +110,7 @@ FINE: list[dict[str, Any]] = [
     {"adapter": {"method": "other", "peft_type": "VERA"}},
     {"adapter": {"method": "prompt"}, "train": {"gradient_checkpointing": True}},
     {"adapter": {"method": "prefix"}},
+    {"side": {"als": True, "items": ["a.npz", "b.npz"]}, "prompt": {"layout": "pointwise"}},
 ]
 
 
@@ -151,6 +172,9 @@ LAUNCHES: list[tuple[dict[str, Any], tuple[Any, ...], str]] = [
         "train.average_checkpoints: 3; fsdp keeps checkpoints in shards, which are not averaged",
     ),
     ({"train": {"fgm_epsilon": 1}}, ("deepspeed", 2), "train.fgm_epsilon: 1.0; deepspeed expects one backward pass"),
+    ({"side": {"als": True}}, ("fsdp", 2), "side.als: true; its projectors stand at the embeddings, which fsdp cuts"),
+    ({"side": {"items": "v.npz"}}, ("deepspeed", 2), "side.items: v.npz; its projectors stand at the embeddings"),
+    ({"side": {"users": "v.npz"}}, ("fsdp", 2), "side.users: v.npz; its projectors stand at the embeddings"),
 ]
 
 

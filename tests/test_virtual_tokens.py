@@ -294,7 +294,7 @@ def test_a_trained_head_reads_the_real_tokens_only(
 
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("words", [[5, 9, 7, 11, 3, 8, 2], [5, 9, 7]], ids=["longer", "shorter"])
-@pytest.mark.parametrize("method", ["prefix", "p_tuning", "p_tuning_lstm"])
+@pytest.mark.parametrize("method", ["prefix", "p_tuning"])
 def test_virtual_tokens_begin_as_a_text(
     load_tiny: Callable[..., Any], request: pytest.FixtureRequest, folder: str, method: str, words: list[int]
 ) -> None:
@@ -312,15 +312,19 @@ def test_virtual_tokens_begin_as_a_text(
     with torch.inference_mode():
         found = model(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, 3)).logits[:, -3:]
     assert asked == [COUNT]
-    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert float((bare - expected).abs().max()) > 1e-3
 
 
-def test_a_projected_prefix_begins_as_it_is_drawn(load_tiny: Callable[..., Any], tiny_llama_folder: Path) -> None:
+@pytest.mark.parametrize("method", ["prefix_projection", "p_tuning_lstm"])
+def test_other_virtual_tokens_begin_as_they_are_drawn(
+    load_tiny: Callable[..., Any], tiny_llama_folder: Path, method: str
+) -> None:
     drawn = [
         adapters.attach(
-            load_tiny(tiny_llama_folder), METHODS["prefix_projection"], base_name="x", seed=1, opening=opening
-        ).get_prompt(1)
+            load_tiny(tiny_llama_folder), METHODS[method], base_name="x", seed=1, opening=opening
+        ).prompt_encoder.state_dict()
         for opening in (None, lambda tokens: [1] * tokens)
     ]
-    assert torch.equal(drawn[0].layers[0].keys, drawn[1].layers[0].keys)
+    assert drawn[0].keys() == drawn[1].keys() != set()
+    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])

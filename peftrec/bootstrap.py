@@ -128,6 +128,31 @@ def resample(
     return Bootstrap(intervals, differences)
 
 
+def of_means(values: Mapping[str, npt.ArrayLike], n: int = 1000, seed: int = 13) -> Bootstrap:
+    """The same for figures that are means over users, such as recall: intervals, and differences to the first.
+
+    Args:
+        values: scorer -> the figure of each user, (users,), of the same users in the same order.
+        n: resamples.
+        seed: of the resamples.
+
+    Returns:
+        Intervals of the metric `mean`.
+    """
+    each = {name: np.asarray(one, dtype=np.float64) for name, one in values.items()}
+    first = next(iter(each.values()))
+    rng = np.random.default_rng(seed)
+    drawn = [rng.integers(len(first), size=len(first)) for _ in range(n)]
+    means = {name: np.array([one[rows].mean() for rows in drawn]) for name, one in each.items()}
+    names = list(each)
+    of_first = means[names[0]]
+    intervals = {name: {"mean": _interval(each[name].mean(), means[name])} for name in names}
+    differences = {
+        name: {"mean": _interval(first.mean() - each[name].mean(), of_first - means[name])} for name in names[1:]
+    }
+    return Bootstrap(intervals, differences)
+
+
 def _resampled(
     scorers: Mapping[str, ClickRows | RatingRows | UserMeans],
     points: Mapping[str, Mapping[str, Floats]],

@@ -102,6 +102,15 @@ class Catalogue:
         given = self.items.row(row, named=True)
         return Item(self.texts[row], given["item_id"], row, given)
 
+    def all(self) -> list[Item]:
+        """What `at` gives for every row, at once."""
+        assert self.items is not None
+        rows = self.items.iter_rows(named=True)
+        return [
+            Item(text, given["item_id"], row, given)
+            for row, (text, given) in enumerate(zip(self.texts, rows, strict=True))
+        ]
+
     def find(self, entry: Any, where: str) -> Item:
         """The item that `entry` means.
 
@@ -237,22 +246,33 @@ def read_history(history: Sequence[Any], like_at: float | None, answers: Sequenc
     Raises:
         DataError: an entry without answer, or with one that is none of these.
     """
+    return [(item, label) for item, label, _ in read_answers(history, like_at, answers)]
+
+
+def read_answers(
+    history: Sequence[Any], like_at: float | None, answers: Sequence[str]
+) -> list[tuple[Any, int, float | None]]:
+    """What `read_history` reads, and the rating behind each label, None where the label itself was given.
+
+    Raises:
+        DataError: as there.
+    """
     if isinstance(history, (str, Mapping)):
         raise DataError(f"history: {history!r}; expected a list of entries; put it in a list")
     own = {answer.strip().casefold(): label for label, answer in enumerate(answers)}
     split = [_answer(entry, {**WORDS, **own}, f"history[{i}]") for i, entry in enumerate(history)]
     numbers = [answer.value for _, answer in split if not answer.is_label]
     as_labels = all(value in (0, 1) for value in numbers)
-    events = []
+    events: list[tuple[Any, int, float | None]] = []
     for i, (item, answer) in enumerate(split):
         if answer.is_label or (as_labels and not answer.is_rating):
-            events.append((item, int(answer.value)))
+            events.append((item, int(answer.value), None))
             continue
         if like_at is None:
             raise DataError(
                 f"history[{i}]: rating {answer.value:g}, but the adapter was trained on labels; say yes or no"
             )
-        events.append((item, int(answer.value >= like_at)))
+        events.append((item, int(answer.value >= like_at), answer.value))
     return events
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from peftrec import cli_publish, cli_recommend
+from peftrec import cli_features, cli_publish, cli_recommend
 from peftrec.errors import PeftrecError
 
 INTERRUPTED, REFUSED = 130, 2  # exit codes: as a shell gives for Ctrl-C; what the caller can mend
@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(takes_overrides=False)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     cli_recommend.add_verbs(verbs)
+    cli_features.add_verbs(verbs)
     cli_publish.add_verbs(verbs)
     return parser
 

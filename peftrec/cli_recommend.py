@@ -136,6 +136,9 @@ def _add_recommend(verbs: Verbs) -> None:
     cli_options.add_items(verb, "items table (default: that of the adapter's named data set)")
     verb.add_argument("--base-model", metavar="MODEL", help="folder or Hub id to use as base model instead")
     verb.add_argument("--k", type=int, default=10, help="how many (default: 10)")
+    verb.add_argument(
+        "--shortlist", type=int, metavar="N", help="score so many promising candidates only (default: all of them)"
+    )
     verb.add_argument("--no-prior", action="store_true", help="leave the saved prior out of the scores")
     cli_options.add_json(verb)
     verb.set_defaults(verb=_recommend)
@@ -157,7 +160,7 @@ def _recommend(given: argparse.Namespace) -> None:
             base_model=given.base_model,
             prior=not given.no_prior,
         )
-    best = recommender.rank(given.history, given.candidates, k=given.k, user=user)
+    best = recommender.rank(given.history, given.candidates, k=given.k, user=user, shortlist=given.shortlist)
     show = _as_json if given.json else _as_text
     show(recommender, given.history, best)
 

@@ -158,7 +158,7 @@ class LoadedAdapter:
             return [self.catalogue.find(entry, f"candidates[{i}]") for i, entry in enumerate(candidates)]
         if not len(self.catalogue):
             raise DataError("candidates: none given, and there is no items table to rank; give candidates or items")
-        return [self.catalogue.at(row) for row in range(len(self.catalogue))]
+        return self.catalogue.all()
 
     @property
     def own_prompts(self) -> bool:
@@ -192,7 +192,7 @@ class LoadedAdapter:
         """Log-odds of a like, or predicted ratings, of each question's candidates, (number of candidates,) each."""
         found = self._outputs(questions)
         return [
-            self.target.measure(outputs, self._prior_scores(one))[0] if len(outputs) else np.zeros(0)
+            self.target.measure(outputs, self.prior_scores(one))[0] if len(outputs) else np.zeros(0)
             for one, outputs in zip(questions, found, strict=True)
         ]
 
@@ -212,12 +212,20 @@ class LoadedAdapter:
         Raises:
             DataError: `k` is no whole number from 1.
         """
-        if not isinstance(k, int) or k < 1:
-            raise DataError(f"k: {k!r}; expected a whole number from 1")
+        _check_k(k)
         (scores,) = self.score([question])
+        return self.best(question.candidates, scores, k)
+
+    def best(self, candidates: Sequence[Item], scores: Floats, k: int) -> list[Recommendation]:
+        """The `k` candidates of the highest scores, best first.
+
+        Raises:
+            DataError: `k` is no whole number from 1.
+        """
+        _check_k(k)
         best = np.argsort(-scores, kind="stable")[:k]
         likely = [None] * len(best) if self.artifact.task == "rating" else chances(scores[best]).tolist()
-        found = [question.candidates[i] for i in best]
+        found = [candidates[i] for i in best]
         return [
             Recommendation(item.given, item.item_id, item.text, score, chance)
             for item, score, chance in zip(found, scores[best].tolist(), likely, strict=True)
@@ -230,8 +238,11 @@ class LoadedAdapter:
         found = [self.target.measure(outputs)[0] for outputs in self._outputs(questions)]
         return np.concatenate([np.zeros(0), *found])
 
-    def _prior_scores(self, question: Question) -> Floats | None:
-        """The prior knows the whole history, also what the prompt leaves out."""
+    def prior_scores(self, question: Question) -> Floats | None:
+        """What is added to the model's scores, (number of candidates,), or None.
+
+        It knows the whole history, also what the prompt leaves out.
+        """
         if self.prior is None or self.own_prompts:
             return None
         met = [_prior_id(event.item) for event in question.events]
@@ -332,6 +343,11 @@ class LoadedAdapter:
         data = WindowDataset(windows, np.zeros(len(prompts), dtype=np.int8), None, self.prompt.max_tokens)
         rows, outputs = scorer.score_rows(self.model, data, range(len(data)))
         return outputs[np.argsort(rows)]
+
+
+def _check_k(k: int) -> None:
+    if not isinstance(k, int) or k < 1:
+        raise DataError(f"k: {k!r}; expected a whole number from 1")
 
 
 def target_of(about: artifact.Artifact) -> Target:

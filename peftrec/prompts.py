@@ -83,12 +83,12 @@ def _row_texts(rows: pl.DataFrame, template: str, key: str, table: str) -> list[
             raise DataError(f"{key}: no column '{name}' in the {table} ({', '.join(rows.columns)}); {hint}")
     columns = {name: rows[name].to_list() for name in fields}
     return [
-        " ".join(template.format(**{name: _plain(columns[name][i]) for name in fields}).split())
+        " ".join(template.format(**{name: plain_value(columns[name][i]) for name in fields}).split())
         for i in range(rows.height)
     ]
 
 
-def _plain(value: Any) -> str:
+def plain_value(value: Any) -> str:
     """A table's value as a person would write it: nothing for null, no `.0` behind a year, lists with commas."""
     if value is None:
         return ""

@@ -20,12 +20,16 @@ from peftrec import artifact as artifacts
 from peftrec.artifact import Artifact, PromptFormat
 from peftrec.backbone import Backbone
 from peftrec.catalogue import Catalogue
+from peftrec.embeddings import Embedder, Reading
 from peftrec.errors import DataError, ModelError
+from peftrec.features import FeatureRecommender
 from peftrec.loaded_adapter import Event, Floats, LoadedAdapter, Question, Recommendation
 from peftrec.opponents import SavedPrior
 from peftrec.prompts import Codec, WholeText
 from peftrec.schema import nearest
+from peftrec.shortlist import Shortlist, Shortlister
 from peftrec.side_vectors import Sources
+from peftrec.similarity import Measure
 from peftrec.target import Target
 
 __all__ = ["DEFAULT", "Event", "Floats", "Recommendation", "Recommender", "Request"]
@@ -89,6 +93,7 @@ class Recommender:
         self._base = base
         self._adapters = {DEFAULT: LoadedAdapter(about, model, tokenizer, items, prior, side)}
         self._change = Lock()
+        self._shortlister = Shortlister(base)
 
     @classmethod
     def from_pretrained(
@@ -165,6 +170,65 @@ class Recommender:
         if differs:
             warnings.warn(f"{differs}; {loading.difference_of_scores(made._adapter(None))}", stacklevel=2)
         return made
+
+    @classmethod
+    def from_features(
+        cls,
+        model: str | Path | Embedder | None,
+        items: Any,
+        *,
+        item: str = "{title}",
+        vectors: Any = None,
+        columns: dict[str, str] | None = None,
+        reading: Reading | None = None,
+        profile: Literal["mean", "text"] = "mean",
+        user: str | None = None,
+        like_at: float | None = 4.0,
+        half_life: float | None = None,
+        similarity: Measure = "cosine",
+        centre: bool = True,
+        cache: bool = True,
+    ) -> FeatureRecommender:
+        """A recommender without training: people and items are compared by the vectors of their texts.
+
+        Args:
+            model: a base model or an adapter (see `Embedder.from_pretrained`), a loaded `Embedder`, or None where
+                `vectors` are given and nothing else is to be read.
+            items: the items table (a file, a polars or a pandas frame), or the name of a data set.
+            item: template of an item's text over the table's columns.
+            vectors: the items' vectors, if they are made already: a file of `peftrec embed`, a `VectorTable`, or a
+                matrix with one row for each item.
+            columns: our name -> name in the items table.
+            reading: how the model's layers become one vector; None is the mean of the last layer.
+            profile: a person is the weighted `mean` of the vectors of what was liked, or one `text`.
+            user: template of a person's text: `{liked}`, columns of the items table, and what the caller tells of the
+                person (see `ProfileText`); None is `{liked}`.
+            like_at: the lowest rating that is a like.
+            half_life: in events, see `profiles.weights`; None is no end.
+            similarity: cosine, dot, euclidean or pearson.
+            centre: take the items' mean vector from every vector first: what all of them share says nothing.
+            cache: whether vectors of the items are looked up and kept in the cache folder.
+
+        Raises:
+            ModelError: the model cannot be loaded, or cannot read texts in this way.
+            AssetError: a packaged model or a named data set cannot be fetched.
+            DataError: the table or the vectors cannot be used.
+        """
+        return FeatureRecommender.load(
+            model,
+            items,
+            item=item,
+            vectors=vectors,
+            columns=columns,
+            reading=reading,
+            profile=profile,
+            user=user,
+            like_at=like_at,
+            half_life=half_life,
+            similarity=similarity,
+            centre=centre,
+            cache=cache,
+        )
 
     # --- several adapters ---------------------------------------------------------------------------------------------
 
@@ -398,6 +462,7 @@ class Recommender:
         user: Any = None,
         *,
         adapter: str | None = None,
+        shortlist: int | Shortlist | None = None,
     ) -> list[Recommendation]:
         """The `k` best candidates, best first.
 
@@ -408,13 +473,19 @@ class Recommender:
             exclude_seen: leave out what is in the history.
             user: as in `score`.
             adapter: as in `score`.
+            shortlist: score so many candidates only, chosen as the module `shortlist` says, for catalogues of
+                thousands; None scores all of them, and finds the best ones for certain.
 
         Raises:
             DataError: as `score`, or neither candidates nor an items table are given.
             ModelError: no such adapter.
         """
         asked = self._adapter(adapter)
-        return asked.rank(asked.question(history, candidates, user, unseen=exclude_seen), k)
+        question = asked.question(history, candidates, user, unseen=exclude_seen)
+        if shortlist is None:
+            return asked.rank(question, k)
+        how = shortlist if isinstance(shortlist, Shortlist) else Shortlist(shortlist)
+        return self._shortlister.rank(asked, question, k, how)
 
     def events(self, history: Sequence[Any], *, adapter: str | None = None) -> list[Event]:
         """The history as it is understood: which items were meant, and whether each was liked or how it was rated.

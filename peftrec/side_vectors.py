@@ -219,18 +219,18 @@ class MarkedWindows(TimelineWindows):
     """Windows of events whose ids hold the numbers of their vectors.
 
     Args:
+        windows: the windows without them.
         numbers: of each event of the log (n,).
-        *args: as of `TimelineWindows`, as all others.
     """
 
-    def __init__(self, numbers: Ints, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, windows: TimelineWindows, numbers: Ints) -> None:
+        vars(self).update(vars(windows))
         self._numbers = numbers
 
     def arrays(self, index: int) -> dict[str, np.ndarray]:
         """One window as arrays of length T: see `TimelineWindows.arrays`."""
         arrays = super().arrays(index)
-        ids, events = arrays["input_ids"].copy(), self.events_of(index)
+        ids, events = arrays["input_ids"].copy(), self.shown(index)
         ends = np.flatnonzero(np.diff(arrays["event"], append=-1))[-len(events) :]  # a header ends before them
         ids[ends - self.codec.tail_length] += self._numbers[events] << BITS
         return {**arrays, "input_ids": ids}

@@ -346,18 +346,18 @@ class TimelineWindows:
         rows: np.ndarray = self.sight.row[np.concatenate((self._seen[first:last], np.arange(start, stop)))]
         return rows
 
-    def arrays(self, index: int) -> dict[str, np.ndarray]:
-        """One window as arrays of length T.
+    def shown(self, index: int) -> np.ndarray:
+        """The same as the window shows them in this epoch: fewer, and in another order, where it varies."""
+        rows: np.ndarray = self.sight.row[self._form(index)[0]]
+        return rows
 
-        Keys: `input_ids`; `position_ids`; `event` (0 is the header); `time` (dense rank, 0 is the header); `visible`;
-        `row` (the log's row at read positions, else -1).
-        """
-        assert isinstance(self.codec, Codec)
+    def _form(self, index: int) -> tuple[np.ndarray, ...]:
+        """One window's events, as rows of the sight, in the order of this epoch; which are read; times; who is seen."""
         first, last, start, stop, _ = self.spans[index].tolist()
         own = np.arange(start, stop)
         events = np.concatenate((self._seen[first:last], own))
         reads = np.where(np.arange(len(events)) >= len(events) - len(own), self.sight.read[events], False)
-        time, visible, codec = self.sight.time[events], self.sight.visible[events], self.codec
+        time, visible = self.sight.time[events], self.sight.visible[events]
         if self.augment is not None:
             order = self.augment.order(self.epoch, index, self.log.timestamp[self.sight.row[events]], self._still)
             visible = self.augment.visible(self.epoch, index, visible[order], self._still)
@@ -365,9 +365,20 @@ class TimelineWindows:
             kept = visible | reads[order]  # an event that nobody sees and that is not asked for would only take room
             events, reads = events[order][kept], reads[order][kept]
             time, visible = time[kept], visible[kept]
-            if self.headers:
-                codec = copy.copy(codec)
-                codec.header = self.headers[self.augment.wording(self.epoch, index)]
+        return events, reads, time, visible
+
+    def arrays(self, index: int) -> dict[str, np.ndarray]:
+        """One window as arrays of length T.
+
+        Keys: `input_ids`; `position_ids`; `event` (0 is the header); `time` (dense rank, 0 is the header); `visible`;
+        `row` (the log's row at read positions, else -1).
+        """
+        assert isinstance(self.codec, Codec)
+        events, reads, time, visible = self._form(index)
+        codec = self.codec
+        if self.augment is not None and self.headers:
+            codec = copy.copy(codec)
+            codec.header = self.headers[self.augment.wording(self.epoch, index)]
         row = self.sight.row[events]
         return lay_out(
             codec,

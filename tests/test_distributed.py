@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,18 +55,13 @@ def a_log() -> Log:
 def datasets(log: Log, codec: Any, beside: Any = None) -> tuple[WindowDataset, WindowDataset]:
     questions = prompts.Pieces.of(codec.questions(conftest.TITLES, 64))
     known = evaluation_sight(log, np.flatnonzero(log.split == 1), streaming=True)
-    learned, valid = (
-        WindowDataset(
-            made(log, codec, questions, sight, max_tokens=tokens, overlap=0, fill=fill),
-            log.label,
-            None,
-            tokens,
-        )
-        for sight, tokens, fill, made in (
-            (training_sight(log), 170, False, partial(MarkedWindows, beside.training) if beside else TimelineWindows),
-            (known, 300, True, partial(MarkedWindows, beside.evaluation) if beside else TimelineWindows),
-        )
-    )
+    found = []
+    for sight, tokens, fill in ((training_sight(log), 170, False), (known, 300, True)):
+        windows = TimelineWindows(log, codec, questions, sight, max_tokens=tokens, overlap=0, fill=fill)
+        if beside:
+            windows = MarkedWindows(windows, beside.evaluation if fill else beside.training)
+        found.append(WindowDataset(windows, log.label, None, tokens))
+    learned, valid = found
     learned.rows = [*learned.rows[: ROWS - 1], learned.rows[ROWS - 1][:1]]  # the last one is short
     return learned, valid
 

@@ -35,6 +35,9 @@ ORDER = (
     "prepared",
     "prompts",
     "ranking",
+    "similarity",
+    "profiles",
+    "graph",
     "user_groups",
     "exposure",
     "metrics",
@@ -99,6 +102,10 @@ ORDER = (
     "hub",
     "loaded_adapter",
     "loading",
+    "embeddings",
+    "vector_files",
+    "features",
+    "shortlist",
     "recommender",
     "ensemble",
     "retrieval_run",
@@ -114,14 +121,16 @@ ORDER = (
     "reload",
     "space_app",
     "space",
+    "embed",
     "cli_options",
+    "cli_features",
     "cli_recommend",
     "cli_publish",
     "cli",
     "__main__",
 )
 # These import late so that they start quickly: the command line what a verb needs, the package what is asked for.
-LATE = ("cli_recommend", "cli_publish", "__init__")
+LATE = ("cli_recommend", "cli_publish", "cli_features", "__init__")
 HEAVY = ("torch", "transformers", "peft", "polars", "numpy", "datasets", "matplotlib", "huggingface_hub", "accelerate")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peftrec.datasets.amazon_2023 import AMAZON_2023
 from peftrec.datasets.book_crossing import BOOK_CROSSING
-from peftrec.datasets.dataset import Dataset, Tables
+from peftrec.datasets.dataset import Dataset, Graph, Tables
 from peftrec.datasets.goodbooks_10k import GOODBOOKS_10K
 from peftrec.datasets.lastfm import LASTFM_2K, LASTFM_360K
 from peftrec.datasets.mind import MIND
@@ -19,4 +19,4 @@ _ALL = (
 )
 DATASETS: dict[str, Dataset] = {dataset.name: dataset for dataset in _ALL}
 
-__all__ = ["DATASETS", "Dataset", "Tables"]
+__all__ = ["DATASETS", "Dataset", "Graph", "Tables"]

@@ -34,6 +34,14 @@ class Tables:
 
 
 @dataclass(frozen=True)
+class Graph:
+    """A knowledge graph of the items: `triples` (head, relation, tail) and `links` (item_id, entity)."""
+
+    triples: pl.DataFrame
+    links: pl.DataFrame
+
+
+@dataclass(frozen=True)
 class Dataset:
     """One named data set.
 
@@ -42,6 +50,7 @@ class Dataset:
         description: One line for `peftrec datasets`.
         read: Makes the tables of the files that were found; where there are no `files` it fetches them itself.
         read_users: The same for what is told of the users, one row per `user_id`; None where nothing is.
+        load_graph: Reads the items' knowledge graph, as `Graph`; None where there is none.
         files: What has to be in `data.folder`, as published, with `*` for what differs; none where `read` fetches.
         parts: Whether several files of one name belong together.
         like_at: Rating from which an event counts as liked, unless the recipe says otherwise; None where there are
@@ -65,6 +74,7 @@ class Dataset:
     citation: str
     language: str
     read_users: Callable[[Found], pl.DataFrame] | None = None
+    load_graph: Callable[[], Graph] | None = None
     files: tuple[str, ...] = ()
     parts: bool = False
     rating: str | None = None

@@ -129,8 +129,8 @@ def jobs() -> list[tuple[str, int, int]]:
 
 
 def table(found: dict[tuple[str, int, int], dict[str, Any]]) -> str:
-    """The sizes of which every run is there."""
-    sizes = [k for k in SIZES if all(job in found for job in jobs() if job[1] == k)]
+    """The sizes of which the plain recipe is there, and of the options whatever is."""
+    sizes = [k for k in SIZES if (PLAIN, k, SEEDS[0]) in found]
     lines = [
         "| option | " + " | ".join(f"AUC, K = {k} | minus none | log loss" for k in sizes) + " |",
         "|---|" + "---:|---:|---:|" * len(sizes),
@@ -138,8 +138,12 @@ def table(found: dict[tuple[str, int, int], dict[str, Any]]) -> str:
     rows: dict[str, list[str]] = {name: [] for name in (*OPTIONS, ENSEMBLE)}
     for k in sizes:
         plain = found[PLAIN, k, SEEDS[0]]
-        scores = {option: np.array(found[option, k, SEEDS[0]]["score"]) for option in OPTIONS}
-        scores[ENSEMBLE] = np.mean([found[PLAIN, k, seed]["score"] for seed in SEEDS], axis=0)
+        there = [option for option in OPTIONS if (option, k, SEEDS[0]) in found]
+        scores = {option: np.array(found[option, k, SEEDS[0]]["score"]) for option in there}
+        if all((PLAIN, k, seed) in found for seed in SEEDS):
+            scores[ENSEMBLE] = np.mean([found[PLAIN, k, seed]["score"] for seed in SEEDS], axis=0)
+        for missing in rows.keys() - scores.keys():
+            rows[missing] += ["not run", "", ""]
         for name, score in scores.items():
             both = {name: score} if name == PLAIN else {name: score, PLAIN: scores[PLAIN]}
             drawn = bootstrap(np.array(plain["label"]), both, np.array(plain["user"]))
@@ -150,7 +154,11 @@ def table(found: dict[tuple[str, int, int], dict[str, Any]]) -> str:
     spread = []
     for k in sizes:
         label, user = np.array(found[PLAIN, k, SEEDS[0]]["label"]), np.array(found[PLAIN, k, SEEDS[0]]["user"])
-        aucs = [metrics.click_metrics(label, np.array(found[PLAIN, k, s]["score"]), user)["auc"] for s in SEEDS]
+        aucs = [
+            metrics.click_metrics(label, np.array(found[PLAIN, k, s]["score"]), user)["auc"]
+            for s in SEEDS
+            if (PLAIN, k, s) in found
+        ]
         spread.append(f"K = {k}: {', '.join(f'{auc:.3f}' for auc in aucs)}")
     seeds = ", ".join(map(str, SEEDS))
     told = (

@@ -13,6 +13,7 @@ from peftrec import encode
 from peftrec.augment import Augment
 from peftrec.config import Prompt, Recipe, parse_recipe
 from peftrec.errors import ConfigError
+from peftrec.side_vectors import BITS, MarkedWindows
 from peftrec.split import Log
 from peftrec.timeline import TimelineWindows, WindowDataset, Wordings, training_sight
 
@@ -30,8 +31,13 @@ def log(make_log: Callable[..., Log]) -> Log:
 
 
 def windows(log: Log, codec: Any, questions: Any, augment: Augment | None, **more: Any) -> TimelineWindows:
-    settings = {"max_tokens": 300, "overlap": 0, "fill": False, "augment": augment, **more}
-    return TimelineWindows(log, codec, questions, training_sight(log), **settings)
+    headers = more.pop("headers", ())
+    room = max(map(len, headers), default=None)
+    settings = {"max_tokens": 300, "overlap": 0, "fill": False, "header_room": room, **more}
+    made = TimelineWindows(log, codec, questions, training_sight(log), **settings)
+    if augment is not None:
+        made.vary(augment, headers, single=bool(more.get("single")))
+    return made
 
 
 def shown(arrays: dict[str, np.ndarray], log: Log) -> list[tuple[int, bool]]:
@@ -123,9 +129,7 @@ def test_a_hidden_event_is_asked_and_not_seen(log: Log, codec: Any, questions: A
 def test_what_is_neither_seen_nor_asked_takes_no_room(log: Log, codec: Any, questions: Any) -> None:
     size = {"max_tokens": 80, "overlap": 60}
     plain = windows(log, codec, questions, None, **size)
-    later = next(
-        index for index in range(len(plain)) if plain.windows[index].context[1] > plain.windows[index].context[0]
-    )
+    later = next(index for index, span in enumerate(plain.spans.tolist()) if span[1] > span[0])
     hidden = windows(log, codec, questions, Augment(seed=1, history_dropout=0.999), **size)
     asked = [row for row in plain.arrays(later)["row"].tolist() if row >= 0]
     arrays = hidden.arrays(later)
@@ -150,10 +154,10 @@ def test_events_change_places_and_times_stay(log: Log, codec: Any, questions: An
 
 def test_a_lone_question_stays_behind_its_history(log: Log, codec: Any, questions: Any) -> None:
     single = windows(log, codec, questions, Augment(seed=1, shuffle_within=1000, history_sample=1), single=True)
-    for index, window in enumerate(single.windows):
+    for index, span in enumerate(single.spans.tolist()):
         arrays = single.arrays(index)
         (row,) = (row for row in arrays["row"].tolist() if row >= 0)
-        assert row == window.start
+        assert row == span[2]
         assert arrays["row"][arrays["event"] == arrays["event"].max()].max() == row
         assert int(arrays["event"].max()) <= 2  # one event of its history and itself
 
@@ -166,9 +170,22 @@ def test_a_header_is_drawn_and_the_first_stays_for_evaluation(log: Log, codec: A
         worded.epoch = epoch
         arrays = worded.arrays(0)
         begins.add(tuple(arrays["input_ids"][arrays["event"] == 0].tolist()))
-        assert len(arrays["input_ids"]) <= worded.windows[0].length
+        assert len(arrays["input_ids"]) <= worded.lengths[0]
     assert begins == {tuple(one) for one in headers}
     assert codec.header == headers[0]
+
+
+def test_vectors_beside_the_text_go_with_their_events(log: Log, codec: Any, questions: Any) -> None:
+    numbers = np.arange(1, len(log) + 1)
+    moved = windows(log, codec, questions, Augment(seed=1, shuffle_within=10, history_dropout=0.3))
+    marked = MarkedWindows(moved, numbers)
+    for epoch in range(6):
+        marked.epoch = epoch
+        arrays = marked.arrays(0)
+        found = [int(one) for one in (arrays["input_ids"] >> BITS) if one]
+        rows = [row for row, _ in shown(arrays, log)]
+        assert found == [row + 1 for row in rows]
+        assert rows == marked.shown(0).tolist()
 
 
 def test_an_epoch_is_the_same_whoever_reads_it(log: Log, codec: Any, questions: Any) -> None:

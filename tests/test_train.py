@@ -260,10 +260,9 @@ class TestResume:
         train, passes = changed(max_steps=9, evals=3), 0
 
         def data() -> WindowDataset:
-            sight, size = training_sight(log), {"max_tokens": 150, "overlap": 0, "fill": False}
-            return WindowDataset(
-                TimelineWindows(log, codec, questions, sight, **size, augment=augment), log.label, None, 150
-            )
+            made = train_data(log, codec, questions)
+            made.windows.vary(augment)
+            return made
 
         def dies(rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
             nonlocal passes

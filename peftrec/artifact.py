@@ -231,8 +231,8 @@ def describe(
     bos = prompt.bos if kind == "causal" else None
     return Artifact(
         prompt=dataclasses.replace(prompt, example=(bos or "") + text),
-        base_model=Base(**{**facts, "name": _public(base.name), "hub_id": _public(base.hub_id)}),
-        data=Source(", ".join(_public(part) for part in data_name.split(", ")), data_sha256),
+        base_model=Base(**{**facts, "name": public_name(base.name), "hub_id": public_name(base.hub_id)}),
+        data=Source(", ".join(public_name(part) for part in data_name.split(", ")), data_sha256),
         peftrec_version=version("peftrec"),
         task=recipe.task,
         target=Scoring(target.head, target.loss, list(target.scale), list(target.offset), target.slope, target.centre),
@@ -247,7 +247,7 @@ def _asks_items(template: str | None) -> bool:
     return template is None or "item" in values.placeholders(template)
 
 
-def _public(name: str) -> str:
+def public_name(name: str) -> str:
     """A Hub id or a data set's name as it is; of a path the last part only."""
     path = Path(name).expanduser()
     return path.name if path.is_absolute() or path.exists() else name

@@ -160,6 +160,32 @@ def load(model: config.Model, target: Target | None = None, *, token: str | bool
     return Backbone(loaded, tokenizer, base, kind)
 
 
+def with_language_head(model: config.Model, auto_class: Any) -> tuple[Any, bool]:
+    """The same base model, unquantized and frozen, with a head that predicts words.
+
+    Args:
+        model: the recipe's section.
+        auto_class: of transformers, such as AutoModelForMaskedLM.
+
+    Returns:
+        The model, and whether the checkpoint lacks weights of that head, which then are drawn, the same each time.
+
+    Raises:
+        ModelError: it cannot be loaded so.
+    """
+    source, options = _source(model)
+    with _as_model_error(model), _drawn_alike():
+        loaded, loading = auto_class.from_pretrained(
+            source,
+            dtype=DTYPES[model.dtype],
+            attn_implementation=model.attn_implementation,
+            output_loading_info=True,
+            **options,
+        )
+    device = f"cuda:{torch.cuda.current_device()}" if has_gpu() else "cpu"
+    return loaded.to(device).eval().requires_grad_(False), bool(loading["missing_keys"])
+
+
 def _source(model: config.Model) -> tuple[str, dict[str, Any]]:
     """Where transformers finds a model, and what it must be told besides."""
     packaged = assets.MODELS.get(model.name)

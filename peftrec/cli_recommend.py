@@ -54,6 +54,11 @@ def _validate(given: argparse.Namespace) -> None:
         from peftrec import side_vectors
 
         side_vectors.check(recipe.side)
+    if recipe.start.adapter is not None:
+        from peftrec import earlier
+
+        if earlier.is_local(recipe):
+            earlier.find(recipe)
     print(f"{given.config}: valid")
     for name, text in _summary(recipe):
         print(f"  {name:<8} {text}")
@@ -75,6 +80,8 @@ def _summary(recipe: Recipe) -> Iterator[tuple[str, str]]:
         settings = config.recipe_to_dict(recipe)["adapter"]
         method = settings.pop("method")
         yield "adapter", ", ".join([method, *(f"{name} {show(value)}" for name, value in settings.items())])
+        if recipe.start.adapter is not None:
+            yield "start", f"{recipe.start.adapter}{', below a new adapter' if recipe.start.stack else ''}"
         length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
         yield "train", f"{length}, learning rate {train.learning_rate:g} ({train.lr_scheduler_type})"
     yield "score", "model alone" if recipe.score.prior == "none" else f"model + {recipe.score.prior}"

@@ -68,6 +68,14 @@ def _no_step_left(recipe: Any) -> bool:
     return bool(known or (adapter.tinit < 1 and adapter.tfinal < 1 and adapter.tinit + adapter.tfinal >= 1))
 
 
+def _forgets_its_training(recipe: Any) -> bool:
+    """Whether a saved adapter of this method lacks something that was trained with it, or is none."""
+    adapter = recipe.adapter
+    return adapter.method in ("adalora", "p_tuning", "full", "other") or (
+        adapter.method == "prefix" and bool(adapter.prefix_projection)
+    )
+
+
 def _quantized(recipe: Any) -> bool:
     return bool(recipe.model.load_in_4bit or recipe.model.load_in_8bit)
 
@@ -135,6 +143,29 @@ RULES = (
         ("model.load_in_4bit", "model.load_in_8bit"),
         lambda recipe: recipe.adapter.method == "full" and _quantized(recipe),
         "quantized weights cannot be trained; leave out model.load_in_4bit and load_in_8bit, or train an adapter",
+    ),
+    Rule(
+        "start.adapter",
+        ("adapter.method", "adapter.prefix_projection"),
+        lambda recipe: _forgets_its_training(recipe) and recipe.start.adapter is not None,
+        "what is saved under this adapter.method is not all that its training needs; take lora, bottleneck, prefix "
+        "without projection, prompt, ia3 or ln_tuning, or remove start",
+    ),
+    Rule(
+        "start.adapter",
+        ("adapter.variant", "adapter.method"),
+        lambda recipe: recipe.start.adapter is not None and recipe.adapter.variant in ("pissa", "loftq"),
+        "these variants start from the base weights; set adapter.variant: plain, or remove start",
+    ),
+    Rule(
+        "start.stack",
+        ("adapter.method", "adapter.variant"),
+        lambda recipe: (
+            recipe.start.stack
+            and (recipe.adapter.method != "lora" or recipe.adapter.variant not in (None, "plain", "rslora"))
+        ),
+        "only plain LoRA can stand on another one and be saved as one; set adapter.method: lora and adapter.variant: "
+        "plain or rslora, or leave it out",
     ),
     Rule(
         "score.head",

@@ -91,8 +91,17 @@ class Data:
         Annotated[list[float], Check("two numbers, lowest and highest", lambda r: len(r) == 2 and r[0] < r[1])] | None
     ) = None
     """Lowest and highest rating of the scale, both included; a rating outside is an error."""
+    items_where: dict[str, Annotated[list[Text], Check("at least one value", bool), Distinct]] = field(
+        default_factory=dict
+    )
+    """Keep the items of one domain: column of the items table -> the values that it may have, as in
+    `{genres: [Drama, War]}`. Of a cell that lists several, by commas or `|`, each must be among them: recipes whose
+    lists share no value have no item in common."""
     sample_users: Count | None = None
     """Keep this many users, drawn by the seed, with all their events; null keeps everybody."""
+    train_events: Count | None = None
+    """Learn from this many training events alone, the first ones of people drawn by the seed; the other training events
+    are as if nobody had recorded them. Null keeps all."""
     split: Split = field(default_factory=Split)
     """How rows become train, valid and test."""
 
@@ -219,6 +228,18 @@ class Adapter:
     """PEFT's name of the method (`other`)."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Settings of that method under PEFT's names (`other`)."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The adapter that training starts from; without one it starts from the base model."""
+
+    adapter: Text | None = None
+    """An earlier run or its adapter's folder, what `recipes/pretrain.py` or `peftrec merge` wrote, or a Hub id."""
+    revision: Text | None = None
+    """Commit, tag or branch on the Hub; null is the main branch."""
+    stack: bool = False
+    """Leave the earlier adapter as it is and train a new one on top of it (`lora`); both are saved as one."""
 
 
 @dataclass(frozen=True)
@@ -408,6 +429,8 @@ class Recipe:
     """Base model."""
     adapter: Adapter = field(default_factory=Adapter)
     """Trained parameters."""
+    start: Start = field(default_factory=Start)
+    """What training starts from."""
     score: Score = field(default_factory=Score)
     """Terms beside the model's own."""
     side: Side = field(default_factory=Side)

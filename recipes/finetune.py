@@ -28,6 +28,7 @@ from peftrec import (
     baselines,
     card,
     config,
+    earlier,
     encode,
     figures,
     hub,
@@ -79,6 +80,8 @@ def main() -> None:
 
     # Data: tables -> one log of events, each in one split.
     data, log = prepared.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
+    if recipe.data.train_events is not None:
+        log = split.few(log, recipe.data.train_events, recipe.seed)
     for warning in data.warnings:
         say(f"warning: {warning}")
     sizes = ", ".join(f"{name} {int((log.split == code).sum()):,}" for code, name in enumerate(split.SPLITS))
@@ -93,6 +96,7 @@ def main() -> None:
     # What is predicted, text and model.
     methods.check(recipe.adapter)
     backbone.check(recipe)
+    start = earlier.find(recipe)
     learned = log.split == split.TRAIN
     how = recipe.score
     target = fit_target(
@@ -116,6 +120,8 @@ def main() -> None:
         side=beside,
     )
     model = scorer.with_head(loaded.model, target.head, encoder.codec.answers)
+    if start is not None:
+        earlier.check(start, recipe.task, loaded.base, target, encoder.codec)
     say(f"model: {loaded.base.name}, {loaded.base.parameters / 1e6:.0f} M parameters, on {model.device}")
 
     # Train.
@@ -151,6 +157,9 @@ def main() -> None:
         )
         if beside is not None:
             side.attach(model, beside, recipe.side, seed=recipe.seed)
+        if start is not None:
+            earlier.take_over(model, start, recipe.task, stacked=recipe.start.stack)
+            say(f"start: {start.name}{', below a new adapter' if recipe.start.stack else ''}")
         backbone.check_window(loaded.model, recipe.prompt.max_tokens, virtual_tokens.count(model))
     # Nothing is written before everything that can be wrong with the recipe has been tried.
     if state.is_main_process:
@@ -236,6 +245,7 @@ def main() -> None:
             "config": config.recipe_to_dict(recipe)["adapter"],
             "trainable_parameters": adapters.trainable_parameters(model),
             "bytes": adapters.file_bytes(folder / "adapter"),
+            **({} if start is None else {"started_from": start.facts()}),
         }
     record.write_record(
         folder,

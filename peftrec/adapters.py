@@ -385,6 +385,22 @@ def load_checkpoint(model: Any, folder: str | Path) -> None:
         adalora.restore_allocator(model, allocator)
 
 
+def average_checkpoints(model: Any, folders: Sequence[str | Path]) -> None:
+    """Put the mean of several checkpoints of one run onto its model: each weight by itself.
+
+    Raises:
+        ModelError: one cannot be read, or is that of another adapter.
+    """
+    total: dict[str, torch.Tensor] = {}
+    for folder in folders:
+        load_checkpoint(model, folder)
+        for name, tensor in training_state(model).items():
+            total[name] = total.get(name, torch.zeros_like(tensor, dtype=torch.float64)) + tensor.double() / len(
+                folders
+            )
+    _copy(total, training_state(model))
+
+
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ from peftrec.schema import Reader, dump_yaml, parse_yaml, read_yaml
 CARD = "README.md"
 FIGURES = "figures"
 AUTHOR = "card.yaml"
-_PATH_KEYS = ("output_dir", "name", "interactions", "items", "users", "records", "train", "valid", "test")
+_PATH_KEYS = ("output_dir", "name", "folder", "interactions", "items", "users", "records", "train", "valid", "test")
 
 
 def is_hub_id(name: str) -> bool:
@@ -178,7 +178,9 @@ def public_warnings(facts: Facts) -> list[str]:
     """The run's warnings, one line each; of paths on the author's machine only their last part."""
     data = recipe_of(facts).data
     records = data.records.values() if isinstance(data.records, dict) else [data.records]
-    paths = [path for path in (data.interactions, data.items, data.users, *records) if path and is_local(path)]
+    paths = [
+        path for path in (data.interactions, data.items, data.users, data.folder, *records) if path and is_local(path)
+    ]
     shown = list(facts.record.warnings)
     for path in sorted(paths, key=len, reverse=True):
         shown = [line.replace(path, last_part(path)) for line in shown]

@@ -17,7 +17,7 @@ no more than that, and become log-odds by two numbers fitted on the validation r
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,12 +27,12 @@ import numpy.typing as npt
 
 from peftrec.baselines import History, Ties, platt
 from peftrec.errors import ConfigError, DataError
+from peftrec.people import Person, Places, held_people
 
 if TYPE_CHECKING:
     from peftrec.split import Log
 
 Floats = npt.NDArray[np.float64]
-Places = npt.NDArray[np.int64]
 Task = Literal["click", "rating"]
 
 NAMES = ("item_knn", "svd", "svdpp")
@@ -126,21 +126,6 @@ def _surprise(names: Sequence[str]) -> Any:
         ) from None
 
 
-@dataclass(frozen=True)
-class _Person:
-    """One user's events as the user's rows to score know them.
-
-    Attributes:
-        events: rows of the log that may be known (h,), in the order in which they become known.
-        rows: rows of the log to score (w,).
-        known: how many of the first events each of them knows (w,), never falling.
-    """
-
-    events: Places
-    rows: Places
-    known: Places
-
-
 class _Known:
     """The training events, and what each held-out row knows of its user.
 
@@ -175,30 +160,14 @@ class _Known:
             of_user, of_item, len(self.events_of_user), self.items, len(self._triples[0]), (-np.inf, np.inf), {}, {}
         )
 
-    def people(self, rows: npt.NDArray[np.bool_]) -> Iterator[_Person]:
-        """Each user who has one of the held-out `rows` (n,)."""
-        log = self._log
-        start = np.searchsorted(log.user, np.arange(len(log.user_ids) + 1))
-        for user in np.unique(log.user[rows]):
-            events = np.arange(start[user], start[user + 1])
-            wanted = events[rows[events]]
-            if self._history == "frozen":
-                events = events[self._train[events]]
-                known = np.full(len(wanted), len(events))
-            elif self._ties == "order":
-                known = wanted - start[user]
-            else:
-                known = np.searchsorted(log.timestamp[events], log.timestamp[wanted], side="left")
-            yield _Person(events, wanted, known)
-
-    def predict(self, told: Callable[[_Person], Floats], rows: npt.NDArray[np.bool_]) -> Floats:
+    def predict(self, told: Callable[[Person], Floats], rows: npt.NDArray[np.bool_]) -> Floats:
         """What `told` says of the held-out `rows` in units of the scale (n,); nan elsewhere."""
         found = np.full(len(self._log), np.nan)
-        for person in self.people(rows):
+        for person in held_people(self._log, rows, self._history, self._ties):
             found[person.rows] = self._mean + self._deviation * told(person)
         return found
 
-    def best(self, candidates: dict[Any, Callable[[_Person], Floats]], first: Any) -> Any:
+    def best(self, candidates: dict[Any, Callable[[Person], Floats]], first: Any) -> Any:
         """The key with the lowest squared error on validation rows; `first` where there are none."""
         if not self.valid.any():
             return first
@@ -225,13 +194,13 @@ class _Factors:
     factors: Floats
     chosen: Floats
 
-    def told(self, factor_penalty: float) -> Callable[[_Person], Floats]:
+    def told(self, factor_penalty: float) -> Callable[[Person], Floats]:
         """Predictions under a ridge penalty on the user's factors."""
         penalty = np.full(1 + self.factors.shape[1], factor_penalty)
         penalty[0] = _INTERCEPT_PENALTY
         return lambda person: self._of_person(person, penalty)
 
-    def _of_person(self, person: _Person, penalty: Floats) -> Floats:
+    def _of_person(self, person: Person, penalty: Floats) -> Floats:
         place = self.known.place
         moments, of_row = np.unique(person.known, return_inverse=True)
         users = self._users(person.events, moments, penalty)
@@ -275,11 +244,11 @@ class _Neighbours:
     effect: Floats
     similarity: Floats
 
-    def told(self, nearest: int) -> Callable[[_Person], Floats]:
+    def told(self, nearest: int) -> Callable[[Person], Floats]:
         """Predictions from so many nearest items."""
         return lambda person: self._of_person(person, nearest)
 
-    def _of_person(self, person: _Person, nearest: int) -> Floats:
+    def _of_person(self, person: Person, nearest: int) -> Floats:
         place = self.known.place
         items, met = place[person.rows], place[person.events]
         residual = self.known.value[person.events] - self.effect[met]

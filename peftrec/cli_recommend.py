@@ -109,11 +109,10 @@ def _datasets(given: argparse.Namespace) -> None:
 
     width = max(map(len, DATASETS))
     for name, one in DATASETS.items():
-        low, high = one.rating_range
         print(f"{name:<{width}}  {one.description}")
-        print(
-            f"{'':<{width}}  liked from {one.like_at:g} on a scale from {low:g} to {high:g}; language: {one.language}"
-        )
+        print(f"{'':<{width}}  {one.scale}; {'' if one.timed else 'no times; '}language: {one.language}")
+        place = "fetched" if one.fetched else f"data.folder: a folder with {' and '.join(one.files)}"
+        print(f"{'':<{width}}  {place}")
         print(f"{'':<{width}}  {one.license}")
         print(f"{'':<{width}}  {one.homepage}")
 

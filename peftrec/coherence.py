@@ -48,6 +48,7 @@ def idle(recipe: Any) -> dict[str, str]:
     )
     cases = (
         (data.name, "data.name", "data.items data.users data.columns data.hub_revision"),
+        (data.name is None, source, "data.folder"),
         (own_files, source, "data.hub_revision"),
         (data.records, "data.records", "data.items data.users data.items_where data.like_at data.rating_range"),
         (data.records, "data.records", "prompt.item prompt.user prompt.header prompt.history prompt.max_history"),
@@ -74,6 +75,13 @@ def idle(recipe: Any) -> dict[str, str]:
             "adapter.encoder_num_layers",
         ),
         (method == "none", "adapter.method", _keys(recipe.train, "train.") + " eval.base_model"),
+        (
+            recipe.prompt.template is not None or recipe.data.records,
+            "prompt.template" if recipe.prompt.template is not None else "data.records",
+            "train.history_dropout train.history_sample train.shuffle_within",
+        ),
+        (recipe.train.order == "random", "train.order", "train.shuffle_within"),
+        (method == "none", "adapter.method", "prompt.paraphrases"),
         (method == "none", "adapter.method", _keys(recipe.card, "card.") + " start.adapter"),
         (recipe.start.adapter is None, "start.adapter", "start.revision start.stack"),
         (recipe.task == "rating", "task", "train.pairwise"),
@@ -106,6 +114,7 @@ def conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
     yield from _prompt_conflicts(recipe)
     if recipe.eval.user_groups and recipe.data.name is None and recipe.data.users is None:
         yield "data.users", ("eval.user_groups", "data"), "missing; eval.user_groups names columns of it; set it"
+    yield from _paraphrase_conflicts(recipe.prompt)
     yield from _task_conflicts(recipe)
     yield from _hub_conflicts(recipe)
     yield from compatibility.conflicts(recipe)
@@ -146,6 +155,8 @@ def _task_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
     elif recipe.prompt.history == "liked" and recipe.data.like_at is None and recipe.data.name is None:
         text = "missing; prompt.history: liked needs to know which ratings are liked: set it to the lowest of them"
         yield "data.like_at", ("prompt.history", "data", "task"), text
+    if recipe.task == "rating" and "lstm" in recipe.eval.baselines:
+        yield "eval.baselines", ("task",), "lstm; it predicts clicks; set task: click, or leave it out"
     allowed = {"click": ("loss", "auc", "uauc"), "rating": ("loss", "rmse", "mae", "uauc")}[recipe.task]
     if choice not in allowed:
         text = f"{choice}; task: {recipe.task} has {', '.join(allowed)}; choose one of them"
@@ -182,6 +193,23 @@ def _data_conflicts(data: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
         if ours not in _TABLE_COLUMNS and theirs in _TABLE_COLUMNS:
             text = f"{ours}: {theirs} is the wrong way round; expected our name first; write {theirs}: {ours}"
             yield "data.columns", (), text
+
+
+def _paraphrase_conflicts(prompt: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Each has to show what the template shows."""
+    if prompt.template is None:
+        return
+    wanted = set(placeholders(prompt.template))
+    for one in prompt.paraphrases:
+        try:
+            names = set(placeholders(one))
+        except ValueError as error:
+            yield "prompt.paraphrases", ("prompt.template",), f"{show(one)}; {error}; expected a template; mend it"
+            continue
+        if names != wanted:
+            shown = ", ".join(f"{{{name}}}" for name in sorted(wanted))
+            text = f"{show(one)}; expected {shown} in it, as in prompt.template; add what is missing, remove the rest"
+            yield "prompt.paraphrases", ("prompt.template",), text
 
 
 def _prompt_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:

@@ -201,6 +201,24 @@ RULES = (
         ),
         "a prefix lives in the cache, which is not kept for recomputing; set it to false, or use method: prompt",
     ),
+    Rule(
+        "train.average_checkpoints",
+        ("adapter.method",),
+        lambda recipe: recipe.train.average_checkpoints > 1 and recipe.adapter.method == "adalora",
+        "its ranks differ from one checkpoint to the next; set it to 1, or use method: lora",
+    ),
+    Rule(
+        "train.average_checkpoints",
+        ("train.evals",),
+        lambda recipe: recipe.train.average_checkpoints > (recipe.train.evals or 4),
+        "a run saves as many checkpoints as train.evals says (4 where that is 0); lower it, or raise train.evals",
+    ),
+    Rule(
+        "train.fgm_epsilon",
+        ("train.torch_compile",),
+        lambda recipe: recipe.train.fgm_epsilon > 0 and recipe.train.torch_compile,
+        "it moves embeddings between two passes, which a compiled model does not let it; remove one of them",
+    ),
     *(
         Rule(f"side.{key}", others, _side(key, applies), text)
         for key in ("als", "items", "users")
@@ -298,6 +316,16 @@ LAUNCH_RULES = (
         "adapter.method",
         lambda recipe, launch: launch.engine != "plain" and recipe.adapter.method == "adalora",
         "it takes ranks away from whole matrices, which {engine} cuts into shards; use lora, or multi_gpu.yaml",
+    ),
+    LaunchRule(
+        "train.average_checkpoints",
+        lambda recipe, launch: launch.engine != "plain" and recipe.train.average_checkpoints > 1,
+        "{engine} keeps checkpoints in shards, which are not averaged; set it to 1, or launch with multi_gpu.yaml",
+    ),
+    LaunchRule(
+        "train.fgm_epsilon",
+        lambda recipe, launch: launch.engine != "plain" and recipe.train.fgm_epsilon > 0,
+        "{engine} expects one backward pass for each forward batch; set it to 0, or launch with multi_gpu.yaml",
     ),
 )
 

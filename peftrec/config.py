@@ -69,6 +69,8 @@ class Data:
 
     name: Text | None = None
     """A data set that peftrec knows; exactly one of `name`, `interactions` and `records` is given."""
+    folder: Text | None = None
+    """Folder with the files of a named data set that cannot be fetched, as its owners publish them."""
     interactions: Text | None = None
     """The user's own events: a CSV, Parquet or JSONL file, or a Hub data set id (`namespace/name` or `…:split`)."""
     hub_revision: Text | None = None
@@ -128,6 +130,9 @@ class Prompt:
     reads it as two texts, the second of which begins with {item} (or {input}), or behind a tab."""
     user: Template | None = None
     """A person as text, over the columns of the users table; stands where the template has {user}."""
+    paraphrases: Annotated[list[Text], Distinct] = field(default_factory=list)
+    """Other wordings of the template or, without one, of the header: training draws one of all for each prompt or
+    window and epoch; evaluation and the adapter keep the recipe's own."""
     answers: Annotated[list[Text], Check("at least two answers", lambda a: len(a) > 1), Distinct] | None = None
     """One answer text for not liked and one for liked, or one for each rating from the lowest; a leading space is part
     of the token. Null takes no and yes, or the ratings as the tokenizer can write them in one token."""
@@ -288,6 +293,17 @@ class Train:
     """Steps of rising learning rate: below 1 a share of the run, else a number of steps."""
     weight_decay: NotNegative = 0.0
     """Weight decay of AdamW."""
+    history_dropout: Annotated[float, Check("a share from 0 to below 1", lambda x: 0 <= x < 1)] = 0.0
+    """Share of the events, drawn anew for each window and epoch, that no other event of a training window sees."""
+    history_sample: Count | None = None
+    """Most events of a training window that others see, drawn anew for each window and epoch; null is no bound."""
+    shuffle_within: Annotated[int, Check("a whole number from 0", lambda n: n >= 0)] = 0
+    """Events of a training window at most so many seconds apart change places, anew in each epoch; 0 keeps all."""
+    fgm_epsilon: NotNegative = 0.0
+    """Learn from each batch once more with its input embeddings moved so far (L2 norm of a row) to where the loss
+    grows; 0 does not, anything else doubles the time of a step."""
+    average_checkpoints: Count = 1
+    """Keep the mean of the last so many checkpoints' weights (see `evals`); 1 keeps the best checkpoint."""
     max_grad_norm: NotNegative = 1.0
     """Longest gradient (L2 norm); 0 does not clip."""
     per_device_train_batch_size: Count = 1
@@ -333,12 +349,12 @@ class Eval:
     user_groups: Annotated[list[Text], Distinct] = field(default_factory=list)
     """Columns of the users table (age, gender) by which test rows are reported apart, too."""
     baselines: Annotated[
-        list[Literal["user_mean", "item_mean", "bias", "mf", "item_knn", "svd", "svdpp", "gbdt", "popularity"]],
+        list[Literal["user_mean", "item_mean", "bias", "mf", "item_knn", "svd", "svdpp", "gbdt", "lstm", "popularity"]],
         Distinct,
     ] = field(default_factory=lambda: ["item_mean", "bias", "popularity"])
     """Scorers reported beside the model. `user_mean` is for ratings, `mf` is matrix factorisation by alternating least
-    squares; `item_knn`, `svd`, `svdpp` and `gbdt` (boosted trees on counts and genres) need the extra: pip install
-    'peftrec[baselines]'."""
+    squares, `lstm` (clicks) two embeddings and an LSTM over a person's events; `item_knn`, `svd`, `svdpp` and `gbdt`
+    (boosted trees on counts and genres) need the extra: pip install 'peftrec[baselines]'."""
     base_model: bool = True
     """Also score the base model without the adapter."""
     max_valid_rows: Count | None = None

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from peftrec import config, kept
+from peftrec.augment import Augment
 from peftrec.errors import DataError, ModelError
 from peftrec.interactions import drawn_order
 from peftrec.prompts import (
@@ -34,6 +35,7 @@ from peftrec.timeline import (
     TextWindows,
     TimelineWindows,
     WindowDataset,
+    Wordings,
     evaluation_sight,
     training_sight,
 )
@@ -91,13 +93,22 @@ class Encoder:
         items = kept.keep("items", self._key, self._items).arrays
         self.questions = Pieces(items["flat"], items["start"])
 
-    def train(self, prior: np.ndarray | None) -> WindowDataset:
-        """Every training event once, with the earlier training events of its user in sight."""
+    def train(self, prior: np.ndarray | None, augment: Augment | None = None) -> WindowDataset:
+        """Every training event once, with its user's earlier training events in sight, in the forms of `augment`."""
 
         def sight() -> Sight:
             return training_sight(self.log, liked_only=self._liked, ordered_ties=self._ordered, shuffle=self._shuffle)
 
-        return self._dataset(sight, prior, fill=False, rows=None)
+        worded = augment is not None and bool(self.prompt.paraphrases)
+        if augment is not None and worded and (self.template is not None or self.log.prompts is not None):
+            wordings = Wordings([self._written(sight(), one) for one in self._templates()], augment)
+            return WindowDataset(wordings, self.log.label, prior, self.prompt.max_tokens)
+        headers = self._headers() if worded else []
+        room = str(max(map(len, headers))) if headers else None
+        data = self._dataset(sight, prior, fill=False, rows=None, room=room)
+        if augment is not None and isinstance(data.windows, TimelineWindows):
+            data.windows.vary(augment, headers, single=self.prompt.layout == "pointwise")
+        return data
 
     def evaluate(self, rows: np.ndarray, history: str, prior: np.ndarray | None) -> WindowDataset:
         """The rows `rows` (indices into the log), each knowing what `history` (streaming or frozen) lets it know."""
@@ -178,7 +189,7 @@ class Encoder:
         """The windows of what `sight` gives, which is not called where windows of the same name were kept."""
 
         def make() -> kept.Kept:
-            made = WindowDataset(self._windows(sight(), fill), self.log.label, None, self.prompt.max_tokens)
+            made = WindowDataset(self._windows(sight(), fill, **asked), self.log.label, None, self.prompt.max_tokens)
             return kept.Kept(made.kept())
 
         key = None if self._key is None else kept.key_of(encoder=self._key, fill=fill, asked=asked)
@@ -194,41 +205,56 @@ class Encoder:
             return MarkedWindows(windows, self._side.evaluation if fill else self._side.training)
         return (TextWindows if isinstance(self.codec, WholeText) else PromptWindows).of(arrays)
 
-    def _windows(self, sight: Sight, fill: bool) -> TimelineWindows | PromptWindows:
+    def _windows(self, sight: Sight, fill: bool, room: str | None = None, **_: Any) -> TimelineWindows | PromptWindows:
+        """The windows of `sight`; `room` is what the longest header takes, where it is not the prompt's own."""
+        if self.template is not None or self.log.prompts is not None:
+            return self._written(sight, self.template or "", fill)
+        return self._cut(sight, fill, None if room is None else int(room))
+
+    def _cut(self, sight: Sight, fill: bool, room: int | None = None) -> TimelineWindows:
         prompt = self.prompt
-        windows: TimelineWindows | PromptWindows
-        if self.log.prompts is not None:
-            rows = np.sort(sight.row[sight.read])
-            windows = prompt_windows(
-                self.codec,
-                rows,
-                [record_ids(self.codec, self.template or "", one, prompt.max_tokens) for one in self._records(rows)],
-            )
-        else:
-            single = prompt.layout == "pointwise"
-            windows = TimelineWindows(
-                self.log,
-                self.codec,
-                self.questions,
-                sight,
-                max_tokens=prompt.max_tokens,
-                # Evaluated rows get at least half a window of history; training repeats no more than it must.
-                overlap=max(prompt.overlap, prompt.max_tokens // 2) if fill else prompt.overlap,
-                fill=fill or single,
-                single=single,
-                max_history=prompt.max_history,
-            )
-            if self.template is not None:
-                windows = self._templated(windows)
-        return windows
+        single = prompt.layout == "pointwise"
+        return TimelineWindows(
+            self.log,
+            self.codec,
+            self.questions,
+            sight,
+            max_tokens=prompt.max_tokens,
+            # Evaluated rows get at least half a window of history; training repeats no more than it must.
+            overlap=max(prompt.overlap, prompt.max_tokens // 2) if fill else prompt.overlap,
+            fill=fill or single,
+            single=single,
+            max_history=prompt.max_history,
+            header_room=room,
+        )
+
+    def _written(self, sight: Sight, template: str, fill: bool = False) -> PromptWindows:
+        """Whole prompts by a template."""
+        if self.log.prompts is None:
+            return self._templated(self._cut(sight, fill), template)
+        rows = np.sort(sight.row[sight.read])
+        ids = [record_ids(self.codec, template, one, self.prompt.max_tokens) for one in self._records(rows)]
+        return prompt_windows(self.codec, rows, ids)
+
+    def _templates(self) -> list[str]:
+        """The recipe's template and its paraphrases, as they are in effect."""
+        others = self.prompt.paraphrases
+        if isinstance(self.codec, WholeText):
+            others = [self.codec.completed(one) for one in others]
+        return [self.template or "", *others]
+
+    def _headers(self) -> list[list[int]]:
+        """The header and its paraphrases as token ids."""
+        ended = [one if one.endswith(LINE_END) else one + LINE_END for one in self.prompt.paraphrases]
+        return [self.codec.header, *(self.codec.prompt(one) for one in ended)]
 
     def _records(self, rows: np.ndarray) -> list[dict[str, str]]:
         assert self.log.prompts is not None
         picked = self.log.prompts[rows].select("instruction", "input").fill_null("")
         return picked.to_dicts()
 
-    def _templated(self, windows: TimelineWindows) -> PromptWindows:
-        """One prompt by the recipe's template for each window, which holds one read event and what fits before it."""
+    def _templated(self, windows: TimelineWindows, template: str) -> PromptWindows:
+        """One prompt by a template for each window, which holds one read event and what fits before it."""
         rows, ids = [], []
         of_user: dict[int, tuple[str, int]] = {}
         length = self.questions.lengths + self.codec.tail_length
@@ -237,19 +263,19 @@ class Encoder:
             item = self.log.item[events]
             user = int(self.log.user[events[-1]])
             if user not in of_user:
-                of_user[user] = self._about(user)
-            template, room = of_user[user]
+                of_user[user] = self._about(user, template)
+            whole, room = of_user[user]
             # The oldest events go first; the candidate's own text (last) always stays.
             fits = int((np.cumsum(length[item][::-1]) <= room).sum())
             past = events[max(0, len(events) - fits) : -1]
             lines = [self._line(row) for row in past.tolist()]
             rows.append(int(events[-1]))
-            ids.append(templated_ids(self.codec, template, lines, self.texts[int(item[-1])], self.prompt.max_tokens))
+            ids.append(templated_ids(self.codec, whole, lines, self.texts[int(item[-1])], self.prompt.max_tokens))
         return prompt_windows(self.codec, np.asarray(rows), ids)
 
-    def _about(self, user: int) -> tuple[str, int]:
+    def _about(self, user: int, template: str) -> tuple[str, int]:
         """The template with what it says of a user, and the room (tokens) that this leaves for events."""
-        template = with_user(self.template or "", self._people[user] if self._people else "")
+        template = with_user(template, self._people[user] if self._people else "")
         return template, self.prompt.max_tokens - len(self.codec.prompt(template.format(history="", item="")))
 
     def _line(self, row: int) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peftrec import adapters, backbone, baselines, click_factors, config, earlier, encode, scorer, train
+from peftrec.augment import Augment
 from peftrec.encode import Encoder
 from peftrec.interactions import drawn_order
 from peftrec.ranking import Floats, Ints
@@ -109,7 +110,7 @@ def learned(
         )
         if start is not None:
             earlier.take_over(model, start, recipe.task, stacked=stacked)
-        rows_of_training = encoder.train(None)
+        rows_of_training = encoder.train(None, Augment.of(recipe))
         train.fit(
             model,
             rows_of_training,

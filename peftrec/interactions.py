@@ -151,8 +151,8 @@ def check(
     problems = []
     if data.name is not None and data.name not in DATASETS:
         problems.append(_unknown_name(data.name))
-    elif data.name is not None and of_users and DATASETS[data.name].load_users is None:
-        problems.append(_tells_nothing(data.name))
+    elif data.name is not None:
+        problems += _of_named(data, task, of_users or {})
     for source, look in _looks(data, shown, task, of_users or {}):
         try:
             if not tables.on_hub(source):
@@ -187,10 +187,18 @@ def _named(data: Data, task: Task, warnings: list[str]) -> tuple[str, pl.DataFra
     dataset = DATASETS.get(data.name or "")
     if dataset is None:
         raise DataError(_unknown_name(data.name or ""))
-    loaded = dataset.load()
+    if problems := _of_named(data, task, {}):
+        raise DataError(problems[0])
+    loaded = dataset.load(data.folder)
+    warnings += loaded.warnings
     table = loaded.interactions.lazy()
     raw = _select(table, dataset.name, {}, data, task, with_title=False, warnings=warnings)
-    return dataset.name, _parse(raw, dataset.name, data.like_at, data.rating_range, task), loaded.items
+    ids = tables.parse_ids(loaded.items["item_id"], dataset.name, "item_id")
+    return (
+        dataset.name,
+        _parse(raw, dataset.name, data.like_at, data.rating_range, task),
+        loaded.items.with_columns(ids),
+    )
 
 
 def _with_known(data: Data) -> Data:
@@ -199,11 +207,31 @@ def _with_known(data: Data) -> Data:
     if known is None:
         return data
     like_at = known.like_at if data.like_at is None else data.like_at
-    return dataclasses.replace(data, like_at=like_at, rating_range=data.rating_range or list(known.rating_range))
+    rating_range = data.rating_range or (list(known.rating_range) if known.rating_range else None)
+    return dataclasses.replace(data, like_at=like_at, rating_range=rating_range)
 
 
 def _unknown_name(name: str) -> str:
     return f"data.name: no data set '{name}'; expected one of {', '.join(sorted(DATASETS))}"
+
+
+def _of_named(data: Data, task: Task, of_users: Mapping[str, str]) -> list[str]:
+    """What is wrong with the section about a data set that is known by name, as far as can be told without reading."""
+    known, kind = DATASETS[data.name or ""], data.split.kind
+    problems = [_tells_nothing(known.name)] if of_users and known.read_users is None else []
+    try:
+        known.find(data.folder)
+    except DataError as error:
+        problems.append(str(error))
+    if task == "rating" and known.rating_range is None:
+        problems.append(f"data.name: {known.name} holds {known.rating or 'clicks'}, no ratings; set task: click")
+    if kind in NEEDS_TIME and not known.timed:
+        problems.append(
+            f"data.split.kind: {kind}; {known.name} tells no times; expected kfold, cold_user or cold_item: set it"
+        )
+    if known.like_at is None and data.like_at is not None:
+        problems.append(f"data.like_at: {data.like_at:g}; {known.name} has labels, no ratings; remove it")
+    return problems
 
 
 def _tells_nothing(name: str) -> str:
@@ -385,10 +413,11 @@ def _users(data: Data, user_ids: pl.Series, used: Mapping[str, str], warnings: l
     if data.users is not None:
         where, table = data.users, _side_table(data.users, data.columns, USERS)
     else:
-        where, read = data.name or "", DATASETS[data.name or ""].load_users
-        if read is None:
+        where = data.name or ""
+        told = DATASETS[where].load_users(data.folder)
+        if told is None:
             raise DataError(_tells_nothing(where))
-        table = read()
+        table = told.with_columns(tables.parse_ids(told["user_id"], where, "user_id"))
     if missing := [name for name in used if name not in table.columns]:
         found = ", ".join(table.columns)
         raise DataError(f"{used[missing[0]]}: no column '{missing[0]}' in the users table ({found}); use one of them")

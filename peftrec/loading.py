@@ -73,7 +73,7 @@ def read_table(items: Any, columns: dict[str, str] | None, about: artifact.Artif
     if items is not None:
         return read_items(items, columns)
     named = DATASETS.get(about.data.name)
-    return None if named is None else read_items(named.load().items)
+    return read_items(named.load().items) if named is not None and named.fetched else None
 
 
 # --- the base model ---------------------------------------------------------------------------------------------------

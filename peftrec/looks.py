@@ -25,6 +25,7 @@ LABELS = {
     "item_knn": "item k-NN",
     "svd": "SVD",
     "svdpp": "SVD++",
+    "lstm": "LSTM",
     "gbdt": "boosted trees",
     "global_mean": "global mean",
 }

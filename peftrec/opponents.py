@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from peftrec import baselines, boosting, classical, click_factors, rating_baselines
+from peftrec import baselines, boosting, classical, click_factors, lstm_clicks, rating_baselines
 from peftrec.baselines import History, Prior
 from peftrec.click_factors import ClickFactors
 from peftrec.rating_baselines import RatingPrior
@@ -27,8 +27,7 @@ class Opponents:
     """Scores of every row of a log by counting alone, each knowing of a row what the model knows.
 
     Attributes:
-        scores: baseline -> (n,), those of the recipe and `global_mean`; NaN where a library says nothing of training
-            rows.
+        scores: baseline -> (n,), those of the recipe and `global_mean`; NaN where one says nothing of training rows.
         prior: what the model's score builds on, (n,), float32, or None.
         saved_prior: the same for whomever the adapter meets later, or None.
         settings: what was chosen for them on the validation rows.
@@ -84,6 +83,9 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
             mf = click_factors.predict(log, evaluation.history, evaluation.ties, recipe.train.order, seed=recipe.seed)
             found, settings = {**found, "mf": mf.scores}, {**settings, "mf": mf.settings}
             saved = mf.prior if kind == "mf" else None
+        if "lstm" in wanted and len(log.items):
+            lstm = lstm_clicks.predict(log, evaluation.history, evaluation.ties, seed=recipe.seed)
+            found, settings = {**found, "lstm": lstm.scores}, {**settings, "lstm": lstm.settings}
         if kind == "bias":
             saved = baselines.fit_prior(log, clicks.shrinkage)
     else:

@@ -233,7 +233,7 @@ def _items(
         present = _present(items, columns)
         return read_items(items, present), frozenset(present)
     named = DATASETS.get(about.data.name)
-    if named is None:
+    if named is None or not named.fetched:
         raise DataError(
             f"{adapter}: trained on {about.data.name}, whose items table is not known; expected one, to read items by "
             "their ids; give it with items (--items FILE)"

@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 
 from peftrec import config, interactions, kept, split, tables
+from peftrec.datasets import DATASETS
 from peftrec.interactions import Interactions, Task
 from peftrec.split import Log
 
@@ -63,6 +64,8 @@ def _key(data: config.Data, seed: int, task: Task, with_users: Mapping[str, str]
     records = data.records.values() if isinstance(data.records, dict) else [data.records]
     sources = [source for source in (data.interactions, data.items, data.users, *records) if source]
     paths = [Path(source).expanduser() for source in sources]
+    if data.name in DATASETS:
+        paths += [path for found in DATASETS[data.name].find(data.folder).values() for path in found]
     if any(tables.on_hub(source) for source in sources) or not all(path.is_file() for path in paths):
         return None
     return kept.key_of(

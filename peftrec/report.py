@@ -26,7 +26,8 @@ from peftrec.looks import FLAT, shown
 from peftrec.metrics import HEADLINE, LOWER_IS_BETTER, METRICS
 from peftrec.ranking import Bools
 from peftrec.schema import read_yaml
-from peftrec.user_groups import LEAST_USERS, is_group
+from peftrec.split import Log
+from peftrec.user_groups import LEAST_USERS, is_group, user_groups
 
 SLICES = {"cold_item": ("cold_item",), "cold_user": ("cold_user",), "popularity": ("popular", "mid", "tail")}
 """What `eval.slices` may name -> the slices of `metrics.slices` that it stands for."""
@@ -273,6 +274,32 @@ def compare_predictions(
                 kept[name] |= {_key(split, metric, part): one for metric, one in figures.items()}
     resamples = recipe.eval.bootstrap
     return Comparison(task, split, sight(recipe), intervals, differences, sizes, resamples, tuple(warnings))
+
+
+def compare_scores(
+    log: Log, rows: npt.NDArray[np.int64], scores: Mapping[str, npt.NDArray[np.float64]], recipe: config.Recipe
+) -> Comparison:
+    """Measure scorers of clicks without a language model on `rows` of the test split, as `compare_predictions` does.
+
+    Args:
+        log: all events.
+        rows: indices into the log.
+        scores: scorer -> (n,) of the whole log; the first is compared with the others.
+        recipe: its slices, resamples and seed count.
+    """
+    ours, *others = scores
+    table = record.predictions(
+        log,
+        rows,
+        task="click",
+        score=scores[ours][rows],
+        baselines={name: scores[name][rows] for name in others},
+        groups=None if log.users is None else user_groups(log.users, recipe.eval.user_groups),
+    )
+    found = compare_predictions(table, recipe)
+    return replace(
+        found, intervals={ours if name == found.ours else name: one for name, one in found.intervals.items()}
+    )
 
 
 def _groups(rows: pl.DataFrame, recipe: config.Recipe, split: str) -> tuple[dict[str, Bools], list[str]]:

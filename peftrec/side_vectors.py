@@ -230,7 +230,7 @@ class MarkedWindows(TimelineWindows):
     def arrays(self, index: int) -> dict[str, np.ndarray]:
         """One window as arrays of length T: see `TimelineWindows.arrays`."""
         arrays = super().arrays(index)
-        ids, events = arrays["input_ids"].copy(), self.events_of(index)
+        ids, events = arrays["input_ids"].copy(), self.shown(index)
         ends = np.flatnonzero(np.diff(arrays["event"], append=-1))[-len(events) :]  # a header ends before them
         ids[ends - self.codec.tail_length] += self._numbers[events] << BITS
         return {**arrays, "input_ids": ids}

@@ -127,7 +127,7 @@ def _titles(facts: Facts, has_items: bool) -> str:
         return "none: the adapter answers ready-made prompts"
     if has_items:
         return f"{ITEMS} in the folder"
-    if data is not None:
+    if data is not None and data.fetched:
         return f"those of {data.name}, which the app loads by name ({data.license})"
     return "none: candidates must be typed (an items table would bring titles)"
 

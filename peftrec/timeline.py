@@ -15,6 +15,7 @@ the row is asked for.
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from peftrec.augment import Augment
 from peftrec.errors import DataError
 from peftrec.interactions import drawn_order
 from peftrec.prompts import Codec, Pieces, WholeText
@@ -255,7 +257,13 @@ class TimelineWindows:
         sight: what is read and seen.
         max_tokens, overlap, fill, single: as in `cut`.
         max_history: with `single`, earlier events shown at most.
+        header_room: tokens that are left to the header, where it may be another than the prompt's; see `vary`.
     """
+
+    augment: Augment | None = None
+    headers: Sequence[list[int]] = ()
+    epoch = 0
+    _still = 0
 
     def __init__(
         self,
@@ -269,6 +277,7 @@ class TimelineWindows:
         fill: bool,
         single: bool = False,
         max_history: int | None = None,
+        header_room: int | None = None,
     ) -> None:
         self.log, self.codec, self.questions, self.sight = log, codec, questions, sight
         lengths = questions.lengths[log.item[sight.row]] + codec.tail_length
@@ -277,7 +286,7 @@ class TimelineWindows:
             sight,
             lengths,
             max_tokens=max_tokens,
-            header=len(codec.header),
+            header=len(codec.header) if header_room is None else header_room,
             overlap=overlap,
             fill=fill,
             single=single,
@@ -307,6 +316,16 @@ class TimelineWindows:
         made._seen, made.spans = kept["seen"], kept["spans"]
         return made
 
+    def vary(self, augment: Augment, headers: Sequence[list[int]] = (), *, single: bool = False) -> None:
+        """Show each window in another form in each epoch.
+
+        Args:
+            augment: draws the forms.
+            headers: wordings of the header as token ids, the prompt's own first; none keeps that one.
+            single: whether the last event of a window is the only one that is read: it stays behind the others.
+        """
+        self.augment, self.headers, self._still = augment, headers, int(single)
+
     def __len__(self) -> int:
         return len(self.spans)
 
@@ -327,6 +346,27 @@ class TimelineWindows:
         rows: np.ndarray = self.sight.row[np.concatenate((self._seen[first:last], np.arange(start, stop)))]
         return rows
 
+    def shown(self, index: int) -> np.ndarray:
+        """The same as the window shows them in this epoch: fewer, and in another order, where it varies."""
+        rows: np.ndarray = self.sight.row[self._form(index)[0]]
+        return rows
+
+    def _form(self, index: int) -> tuple[np.ndarray, ...]:
+        """One window's events, as rows of the sight, in the order of this epoch; which are read; times; who is seen."""
+        first, last, start, stop, _ = self.spans[index].tolist()
+        own = np.arange(start, stop)
+        events = np.concatenate((self._seen[first:last], own))
+        reads = np.where(np.arange(len(events)) >= len(events) - len(own), self.sight.read[events], False)
+        time, visible = self.sight.time[events], self.sight.visible[events]
+        if self.augment is not None:
+            order = self.augment.order(self.epoch, index, self.log.timestamp[self.sight.row[events]], self._still)
+            visible = self.augment.visible(self.epoch, index, visible[order], self._still)
+            # Times stay where they were: events change places, and with them what they see.
+            kept = visible | reads[order]  # an event that nobody sees and that is not asked for would only take room
+            events, reads = events[order][kept], reads[order][kept]
+            time, visible = time[kept], visible[kept]
+        return events, reads, time, visible
+
     def arrays(self, index: int) -> dict[str, np.ndarray]:
         """One window as arrays of length T.
 
@@ -334,18 +374,19 @@ class TimelineWindows:
         `row` (the log's row at read positions, else -1).
         """
         assert isinstance(self.codec, Codec)
-        first, last, start, stop, _ = self.spans[index].tolist()
-        own = np.arange(start, stop)
-        events = np.concatenate((self._seen[first:last], own))
+        events, reads, time, visible = self._form(index)
+        codec = self.codec
+        if self.augment is not None and self.headers:
+            codec = copy.copy(codec)
+            codec.header = self.headers[self.augment.wording(self.epoch, index)]
         row = self.sight.row[events]
-        reads = np.where(np.arange(len(events)) >= len(events) - len(own), self.sight.read[events], False)
         return lay_out(
-            self.codec,
+            codec,
             self.questions,
             item=self.log.item[row],
             answer=self.log.label[row],
-            time=self.sight.time[events],
-            visible=self.sight.visible[events],
+            time=time,
+            visible=visible,
             row=np.where(reads, row, -1),
         )
 
@@ -487,6 +528,35 @@ class TextWindows(PromptWindows):
         return {**arrays, "token_type_ids": types.astype(np.int64)}
 
 
+class Wordings:
+    """The same prompts in several wordings, one of which is drawn for each prompt in each epoch.
+
+    Args:
+        variants: the prompts in each wording, the recipe's own first.
+        augment: draws.
+    """
+
+    def __init__(self, variants: Sequence[PromptWindows], augment: Augment) -> None:
+        self.variants, self.augment, self.epoch = variants, augment, 0
+
+    def __len__(self) -> int:
+        return len(self.variants[0])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt in its longest wording."""
+        return [max(lengths) for lengths in zip(*(one.lengths for one in self.variants), strict=True)]
+
+    @property
+    def events(self) -> int:
+        """Read positions in all prompts together."""
+        return len(self)
+
+    def arrays(self, index: int) -> dict[str, np.ndarray]:
+        """One prompt as arrays of length T: see `TimelineWindows.arrays`."""
+        return self.variants[self.augment.wording(self.epoch, index)].arrays(index)
+
+
 class WindowDataset:
     """Packed rows, ready for a data loader: each item is one row of at most `max_tokens`, of whole texts `LEAST_ROOM`.
 
@@ -502,7 +572,7 @@ class WindowDataset:
 
     def __init__(
         self,
-        windows: TimelineWindows | PromptWindows,
+        windows: TimelineWindows | PromptWindows | Wordings,
         label: np.ndarray,
         prior: np.ndarray | None,
         max_tokens: int,
@@ -512,9 +582,10 @@ class WindowDataset:
         self.label = label
         # A view of one number where there is none.
         self.prior = np.broadcast_to(np.float32(0), len(label)) if prior is None else prior
+        kind = windows.variants[0] if isinstance(windows, Wordings) else windows
         if rows is not None:
             self.rows = rows
-        elif isinstance(windows, TextWindows):
+        elif isinstance(kind, TextWindows):
             # The model pads them to the longest: prompts of one length leave no gaps.
             self.rows = alike(windows.lengths, max(max_tokens, LEAST_ROOM))
         else:
@@ -531,9 +602,15 @@ class WindowDataset:
         lengths = self.windows.lengths
         return [sum(lengths[i] for i in row) for row in self.rows]
 
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the forms of this epoch from now on, where there is something to draw."""
+        if not isinstance(self.windows, PromptWindows):
+            self.windows.epoch = epoch
+
     def kept(self) -> dict[str, np.ndarray]:
         """The windows' `kept`, and how they are packed."""
         assert isinstance(self.rows, Pieces)
+        assert not isinstance(self.windows, Wordings), "made anew for each run"
         return {**self.windows.kept(), "packed": self.rows.flat, "packed_start": self.rows.start}
 
     def blank(self) -> dict[str, np.ndarray]:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
-from peftrec import adalora, adapters, backbone, config, processes, scorer
+from peftrec import adalora, adapters, backbone, config, fgm, processes, scorer
 from peftrec.dealer import StepSampler, deal
 from peftrec.errors import PeftrecError
 from peftrec.target import Target
@@ -82,19 +82,29 @@ class _Loader(DataLoader[Any]):
     """A data loader that Trainer tells which epoch it is in."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass it on to the sampler."""
+        """Pass it on to the sampler and to the rows."""
         assert isinstance(self.batch_sampler, StepSampler)
+        assert isinstance(self.dataset, WindowDataset)
         self.batch_sampler.set_epoch(epoch)
+        self.dataset.set_epoch(epoch)
 
 
 class WindowTrainer(Trainer):  # type: ignore[misc]
     """Trainer over packed windows: the loss is a mean over *events*, and validation counts every row once."""
 
-    def __init__(self, *args: Any, target: Target, to_metrics: ToMetrics, pairwise: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        target: Target,
+        to_metrics: ToMetrics,
+        pairwise: float = 0.0,
+        fgm_epsilon: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, data_collator=collate, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the labels of a whole optimizer step
         self.loss_is_scaled_for_ga = True
-        self.target, self.to_metrics, self.pairwise = target, to_metrics, pairwise
+        self.target, self.to_metrics, self.pairwise, self.fgm_epsilon = target, to_metrics, pairwise, fgm_epsilon
 
     def create_accelerator_and_postprocess(self) -> None:
         """Shard a model on the CPU too, to try it out, where accelerate takes no notice of being told to (FSDP2)."""
@@ -142,6 +152,19 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
             loss = loss + adalora.penalty(self.model) * (inputs["labels"] >= 0).sum() / num_items_in_batch
         world: int = self.accelerator.num_processes
         return loss * world  # gradients are averaged over processes; the sum is wanted
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One batch, and once more with moved embeddings where the recipe wants that; the loss is that of the first."""
+        loss: torch.Tensor
+        if not self.fgm_epsilon:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            return loss
+        embeddings = self.accelerator.unwrap_model(self.model).get_input_embeddings()
+        with fgm.watched(embeddings) as outputs:
+            loss = super().training_step(model, dict(inputs), *args, **kwargs)
+        with fgm.moved(embeddings, outputs, self.fgm_epsilon):
+            super().training_step(model, dict(inputs), *args, **kwargs)
+        return loss
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Score the validation rows and report their metrics."""
@@ -287,7 +310,7 @@ def fit(
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
+        save_total_limit=1 + train.average_checkpoints,  # the best one is kept beside the last ones
         load_best_model_at_end=train.evals > 0,
         metric_for_best_model=train.metric_for_best_model if train.evals else None,
         greater_is_better=train.metric_for_best_model in ("auc", "uauc"),
@@ -310,6 +333,7 @@ def fit(
         eval_dataset=valid_data,
         target=target,
         to_metrics=to_metrics,
+        fgm_epsilon=train.fgm_epsilon,
         pairwise=train.pairwise,
     )
     trainer.remove_callback(PrinterCallback)
@@ -339,6 +363,9 @@ def fit(
             f"{folder}: the disk is full, a checkpoint could not be written; free some space and repeat the command "
             "with --resume"
         ) from error
+    averaged = train.average_checkpoints > 1
+    if averaged:
+        adapters.average_checkpoints(trainer.accelerator.unwrap_model(trainer.model), _last(folder, train))
     (seconds,) = (c.seconds for c in trainer.callback_handler.callbacks if isinstance(c, Clock))
     passes = trainer.state.global_step / max(1, steps_per_epoch(train, len(train_data)))
     return Fitted(
@@ -346,7 +373,7 @@ def fit(
         events=round(train_data.events * passes),
         tokens=round(train_data.tokens * passes),
         steps=trainer.state.global_step,
-        best_step=trainer.state.best_global_step,
+        best_step=None if averaged else trainer.state.best_global_step,
         log=[line for line in trainer.state.log_history if "train_runtime" not in line],  # Trainer's own summary
     )
 
@@ -363,10 +390,19 @@ def total_steps(train: config.Train, rows: int) -> int:
     return max(1, math.ceil(train.num_train_epochs * steps_per_epoch(train, rows)))
 
 
-def _newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
+def _whole_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that were written to their end, the oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if _state(path)]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2])) if found else None
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    return next(reversed(_whole_checkpoints(folder)), None)
+
+
+def _last(folder: Path, train: config.Train) -> list[Path]:
+    """The checkpoints to average; fewer than asked for where the run was too short or stopped early."""
+    return _whole_checkpoints(folder)[-train.average_checkpoints :]
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from peftrec import (
     train,
     virtual_tokens,
 )
+from peftrec.augment import Augment
 from peftrec.errors import ConfigError, DataError, as_one_line
 from peftrec.exposure import exposure
 from peftrec.recommender import Recommender
@@ -144,7 +145,7 @@ def main() -> None:
     if recipe.adapter.method == "full" and asks_base:  # there will be no adapter to switch off
         _, base_outputs = train.score(model, reported, description="score, base model", processes=state)
     if trains:
-        data_train = encoder.train(known.prior)
+        data_train = encoder.train(known.prior, Augment.of(recipe))
         model = adapters.attach(
             model,
             recipe.adapter,

@@ -80,7 +80,7 @@ def test_validate_looks_at_the_files(capsys: Capture, tables: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (Data(name="ml-10m"), r"data.name: no data set 'ml-10m'; expected one of ml-100k"),
+        (Data(name="ml-10k"), r"data.name: no data set 'ml-10k'; expected one of amazon"),
         (Data(interactions="{}/events.csv", items="{}/films.csv", columns={"user_id": "uid"}), "no column 'item_id'"),
         (
             Data(interactions="{}/events.csv", items="{}/films.csv", columns={"user_id": "uid", "item_id": "movieId"}),
@@ -102,7 +102,8 @@ def test_a_hub_data_set_is_not_fetched() -> None:
 def test_datasets(capsys: Capture) -> None:
     code, out, _ = run(capsys, "datasets")
     assert code == 0
-    assert out.startswith("ml-100k  MovieLens 100K")
+    assert out.startswith("ml-100k ")
+    assert "data.folder: a folder with behaviors.tsv and news.tsv\n" in out
 
 
 # --- recommend --------------------------------------------------------------------------------------------------------

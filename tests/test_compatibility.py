@@ -89,6 +89,19 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "start.stack: true; only plain LoRA can",
     ),
     (
+        {"adapter": {"method": "adalora"}, "train": {"average_checkpoints": 2}},
+        "train.average_checkpoints: 2; its ranks differ from one checkpoint to the next; set it to 1, or use",
+    ),
+    ({"train": {"average_checkpoints": 5}}, "train.average_checkpoints: 5; a run saves as many checkpoints as"),
+    (
+        {"train": {"average_checkpoints": 5, "evals": 0}},
+        "train.average_checkpoints: 5; a run saves as many checkpoints",
+    ),
+    (
+        {"train": {"fgm_epsilon": 0.5, "torch_compile": True}},
+        "train.fgm_epsilon: 0.5; it moves embeddings between two passes, which a compiled model does not let it",
+    ),
+    (
         {"side": {"als": True}, "adapter": {"method": "full"}},
         "side.als: true; adapter.method: full is saved as a model for anybody",
     ),
@@ -115,6 +128,7 @@ FINE: list[dict[str, Any]] = [
     {"adapter": {"variant": "dora"}, "model": {"load_in_4bit": True}},
     {"adapter": {"variant": "rslora"}, "model": {"load_in_8bit": True}},
     {"adapter": {"method": "full"}},
+    {"train": {"average_checkpoints": 4, "evals": 0, "fgm_epsilon": 0.5}},
     {"adapter": {"method": "adalora"}},
     {"adapter": {"method": "adalora", "tinit": 89, "tfinal": 0.1}, "train": {"max_steps": 100}},
     {"adapter": {"method": "adalora", "tinit": 500}},
@@ -180,6 +194,12 @@ LAUNCHES: list[tuple[dict[str, Any], tuple[Any, ...], str]] = [
     ({"adapter": {"method": "full"}}, ("fsdp", 2), "eval.base_model: true; it is scored before fsdp cuts"),
     ({"model": {"load_in_8bit": True}}, ("fsdp", 2), "model.load_in_8bit: true; 8-bit weights cannot be cut"),
     ({"adapter": {"method": "adalora"}}, ("fsdp", 2), "adapter.method: adalora; it takes ranks away from whole"),
+    (
+        {"train": {"average_checkpoints": 3}},
+        ("fsdp", 2),
+        "train.average_checkpoints: 3; fsdp keeps checkpoints in shards, which are not averaged",
+    ),
+    ({"train": {"fgm_epsilon": 1}}, ("deepspeed", 2), "train.fgm_epsilon: 1.0; deepspeed expects one backward pass"),
     ({"side": {"als": True}}, ("fsdp", 2), "side.als: true; its projectors stand at the embeddings, which fsdp cuts"),
     ({"side": {"items": "v.npz"}}, ("deepspeed", 2), "side.items: v.npz; its projectors stand at the embeddings"),
     ({"side": {"users": "v.npz"}}, ("fsdp", 2), "side.users: v.npz; its projectors stand at the embeddings"),

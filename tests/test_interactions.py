@@ -290,7 +290,9 @@ def test_a_seed_draws_the_same_everywhere() -> None:
 
 
 def test_an_unknown_data_set_is_named_beside_the_known() -> None:
-    assert refused(Data(name="ml-1m")) == "data.name: no data set 'ml-1m'; expected one of ml-100k"
+    assert refused(Data(name="ml-1k")).startswith(
+        "data.name: no data set 'ml-1k'; expected one of amazon-reviews-2023, "
+    )
 
 
 # --- prompt records ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from peftrec import adapters, config, scorer
 from peftrec import train as training
+from peftrec.augment import Augment
 from peftrec.split import Log
 from peftrec.target import Target
 from peftrec.timeline import TimelineWindows, WindowDataset, collate, evaluation_sight, training_sight
@@ -153,6 +154,18 @@ def test_what_training_was(fit: Callable[..., Any], tmp_path: Path, log: Log, co
     assert [entry["step"] for entry in fitted.log if "eval_loss" in entry][-1] == fitted.steps
 
 
+def test_weight_decay_by_hand(
+    fit: Callable[..., Any], tmp_path: Path, load_tiny: Callable[..., Any], tiny_llama_folder: Path
+) -> None:
+    """One step of AdamW takes learning_rate * weight_decay of each weight away, beside what the gradient says."""
+    start = adapters.attach(load_tiny(tiny_llama_folder), config.Adapter(r=4), base_name="tiny", seed=3)
+    step = {"max_steps": 1, "evals": 0, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    (plain, _), (decayed, _) = (fit(tmp_path / str(w), changed(**step, weight_decay=w)) for w in (0.0, 0.5))
+    for name, before in adapter_of(start).items():
+        expected = adapter_of(plain)[name] - 1e-2 * 0.5 * before
+        assert torch.allclose(adapter_of(decayed)[name], expected, atol=1e-6), name
+
+
 def test_steps() -> None:
     two = config.Train(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2)
     assert training.steps_per_epoch(two, 10) == 3
@@ -193,6 +206,17 @@ class TestBestCheckpoint:
         assert fitted.best_step is None
         assert equal(adapter_of(model), weights(tmp_path, 4))
 
+    def test_the_last_checkpoints_averaged(self, fit: Callable[..., Any], tmp_path: Path) -> None:
+        train = changed(max_steps=4, evals=4, average_checkpoints=2)
+        model, fitted = fit(tmp_path, train, Scripted(0.3, 0.5, 0.6, 0.7))
+        assert fitted.best_step is None
+        third, last, mine = weights(tmp_path, 3), weights(tmp_path, 4), adapter_of(model)
+        assert any(not torch.equal(third[name], last[name]) for name in third)
+        for name in mine:
+            assert torch.allclose(mine[name], (third[name] + last[name]) / 2, atol=1e-7), name
+        again, found = fit(tmp_path, train, Scripted(), resume=True)  # died after its last checkpoint
+        assert (found, equal(adapter_of(again), mine)) == (fitted, True)
+
     def test_validation_passes_asked_for_the_last_one_at_the_end(self, fit: Callable[..., Any], tmp_path: Path) -> None:
         for steps, evals in ((4, 4), (7, 4), (5, 2), (2, 4)):
             scripted = Scripted(*[0.5] * 10)
@@ -227,6 +251,33 @@ class TestResume:
         assert equal(weights(tmp_path / "killed", 6), weights(tmp_path / "whole", 6))
         assert equal(adapter_of(resumed), adapter_of(whole))
         assert (found.steps, found.events, found.best_step) == (expected.steps, expected.events, expected.best_step)
+
+    def test_forms_of_windows_are_drawn_again(
+        self, fit: Callable[..., Any], tmp_path: Path, log: Log, codec: Any, questions: Any
+    ) -> None:
+        """Several epochs with hidden and moved events: what follows a kill is drawn as it would have been."""
+        augment = Augment(seed=3, history_dropout=0.4, shuffle_within=2)
+        train, passes = changed(max_steps=9, evals=3), 0
+
+        def data() -> WindowDataset:
+            made = train_data(log, codec, questions)
+            made.windows.vary(augment)
+            return made
+
+        def dies(rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+            nonlocal passes
+            passes += 1
+            if passes == 2:
+                raise KeyboardInterrupt
+            return mean_loss(log)(rows, scores)
+
+        _, plain = fit(tmp_path / "plain", train)
+        _, expected = fit(tmp_path / "whole", train, data=data())
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path / "killed", train, dies, data=data())
+        _, found = fit(tmp_path / "killed", train, data=data(), resume=True)
+        assert losses(found) == losses(expected)
+        assert losses(found) != losses(plain)
 
     @pytest.mark.parametrize("patience", [None, 1], ids=["all steps done", "stopped early"])
     def test_a_run_that_had_ended_takes_no_further_step(

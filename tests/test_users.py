@@ -188,7 +188,7 @@ def test_a_served_adapter_asks_the_same(
 
 
 def test_a_data_set_that_tells_nothing_of_its_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    silent = dataclasses.replace(DATASETS["ml-100k"], load_users=None)
+    silent = dataclasses.replace(DATASETS["ml-100k"], read_users=None)
     monkeypatch.setitem(DATASETS, "ml-100k", silent)
     with pytest.raises(
         DataError, match=r"data\.name: ml-100k tells nothing of its users; leave prompt\.user and eval\.user_groups out"

@@ -89,8 +89,8 @@ def _read(path: Path) -> pl.DataFrame:
 ML_100K = Dataset(
     name="ml-100k",
     description="MovieLens 100K: 100,000 ratings (1 to 5) by 943 people of 1,682 films, 1997-1998",
-    load=load,
-    load_users=load_users,
+    read=lambda found: load(),
+    read_users=lambda found: load_users(),
     load_graph=load_graph,
     like_at=4,
     rating_range=(1, 5),

@@ -1,7 +1,8 @@
 """Where the time of a training step goes, by PyTorch's profiler.
 
 In the forward pass each operation belongs to the innermost module that has a name here. In the backward pass it belongs
-to where the operation belonged whose gradient it is: autograd gives both the same number.
+to where the operation belonged whose gradient it is: autograd gives both the same number. Of a LoRA layer's products
+those with its rank as a side are LoRA's, the others the base model's.
 """
 
 from __future__ import annotations
@@ -65,13 +66,14 @@ def of_training(model: Any, batch: dict[str, torch.Tensor], steps: int) -> dict[
     on_gpu = model.device.type == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     try:
-        with torch.profiler.profile(activities=kinds) as profiled:
+        with torch.profiler.profile(activities=kinds, record_shapes=True) as profiled:
             for _ in range(steps):
                 step()
     finally:
         for hook in hooks:
             hook.remove()
-    milliseconds = _sums(profiled.events(), on_gpu)
+    ranks = {side for module in model.modules() for side in getattr(module, "r", {}).values()}
+    milliseconds = _sums(profiled.events(), on_gpu, ranks)
     return {"parts": {part: milliseconds[part] / steps for part in PARTS}}
 
 
@@ -93,8 +95,8 @@ def _marks(name: str, module: nn.Module) -> Iterable[Any]:
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
 
-def _sums(events: Any, on_gpu: bool) -> dict[str, float]:
-    """Milliseconds by part."""
+def _sums(events: Any, on_gpu: bool, ranks: set[int]) -> dict[str, float]:
+    """Milliseconds by part; `ranks` are those of LoRA."""
     forward: dict[int, str] = {}
     found: dict[str, float] = defaultdict(float)
     for event in sorted(events, key=lambda one: one.time_range.start):
@@ -103,6 +105,9 @@ def _sums(events: Any, on_gpu: bool) -> dict[str, float]:
             forward[event.sequence_nr] = part or "rest"  # the last one with a number is the one that autograd notes
         if part is None:
             part = forward.get(backward.sequence_nr, "LoRA") if backward else "rest"
+        if part == "LoRA" and event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            sides = {side for shape in event.input_shapes for side in shape}
+            part = "LoRA" if sides & ranks else "matmul"
         # Only parameters of the adapter gather gradients, an operation without a number.
         found[part] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000
     return found

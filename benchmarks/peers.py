@@ -7,7 +7,7 @@
 The peers run in an environment of their own (benchmarks/requirements-peers.txt), in a process that stays, and so do we.
 Both are asked in turn, so that neither imports nor loading are timed and both meet the same machine; a first round
 warms up. A ratio is taken within a round; medians of the rounds are shown, with the smallest and the largest. Both have
-the same base model, LoRA, people, events and number of threads. About a quarter of an hour on two cores.
+the same base model, LoRA, people, events and number of threads. Less than a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ SECTIONS = ("training", "scoring", "ceiling", "profile", "paper")
 WITH_PEERS = {"training", "scoring"}
 PICTURE = HERE.parent / "docs/benchmarks-peers.png"
 
-ROWS = 4  # timeline rows of 1,024 tokens in a round
+ROWS = 2  # timeline rows of 1,024 tokens in a round
 CANDIDATES, HISTORY = 100, 50
+SHORT = 10  # events of history, and candidates, of a short request
 
 
 def main() -> None:
@@ -39,14 +40,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections to measure")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count, behind one that warms up")
     parser.add_argument(
-        "--events", type=int, default=8, help="that a peer learns in a round, from the shortest prompt to the longest"
+        "--events", type=int, default=4, help="that a peer learns in a round, from the shortest prompt to the longest"
     )
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="batch sizes that peers may try")
-    parser.add_argument("--requests", type=int, default=60, help="requests timed one by one for p50 and p99")
+    parser.add_argument("--batches", type=int, nargs="+", default=[2, 4], help="batch sizes that peers may try")
+    parser.add_argument("--requests", type=int, default=16, help="timed for p50 and p99, at least")
     parser.add_argument(
         "--asked",
         type=int,
-        default=15,
+        default=4,
         help=f"candidates that a peer is asked; its time is for {CANDIDATES}, in proportion",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -134,7 +135,7 @@ def training(ours: Worker, theirs: Worker, facts: dict[str, Any], options: argpa
     del facts
     rows = ours.ask("prompts", events=options.events)
     single = best(options.batches, lambda size: theirs.ask("sft", rows=rows, batch=size, packing=False))
-    packed = best(options.batches[:2], lambda size: theirs.ask("sft", rows=rows, batch=size, packing=True))
+    packed = best(options.batches[:1], lambda size: theirs.ask("sft", rows=rows, batch=size, packing=True))
     padded = best(options.batches, lambda size: theirs.ask("loop", rows=rows, batch=size))
     names = {
         tables.TIMELINE: lambda: ours.ask("fit", layout="timeline", size=ROWS),
@@ -170,7 +171,7 @@ def scoring(ours: Worker, theirs: Worker, facts: dict[str, Any], options: argpar
 
     asked = ours.ask("request", kind="encoder", number=0, history=HISTORY, candidates=CANDIDATES)
     pairs = asked.pop("texts")
-    batch = best([8, 32, 100], lambda size: theirs.ask("pairs", texts=pairs, batch=size))
+    batch = best([8, 32], lambda size: theirs.ask("pairs", texts=pairs, batch=size))
     found["encoder"] = in_turn(
         options.rounds,
         {
@@ -185,11 +186,19 @@ def scoring(ours: Worker, theirs: Worker, facts: dict[str, Any], options: argpar
         took: float = ours.ask("score", kind="causal", **asked)["seconds"]
         return took
 
-    found["requests"] = [seconds(number, HISTORY, CANDIDATES) for number in range(options.requests)]
+    found["waits"] = {
+        (users, history, candidates): [
+            wait
+            for turn in range(-(-options.requests // users))
+            for wait in ours.ask("burst", users=users, begin_at=turn * users, history=history, candidates=candidates)
+        ]
+        for history, candidates in ((HISTORY, CANDIDATES), (SHORT, SHORT))
+        for users in tables.USERS
+    }
     # In turn as well: what disturbs the machine for a while then disturbs all sizes.
     candidates: dict[int, list[float]] = {size: [] for size in tables.MANY_CANDIDATES}
     history: dict[int, list[float]] = {size: [] for size in tables.LONG_HISTORIES}
-    for turn in range(min(options.rounds, 3)):
+    for turn in range(min(options.rounds, 2)):
         for size in candidates:
             candidates[size].append(seconds(turn, HISTORY, size))
         for size in history:

@@ -28,6 +28,7 @@ TRAINED_ON = 3000  # events of the people whose timelines are trained on
 HISTORY = 50  # events that a prompt shows at most
 SCORED_TOKENS = 4096  # of a prompt: 300 events fit
 COPIED = 1 << 28  # bytes of the block that is copied
+TOGETHER = 8  # requests that are served at once
 KNOWN: dict[str, Any] = {}
 
 
@@ -150,7 +151,7 @@ def pointwise_rows(events: int) -> WindowDataset:
     """Prompts from short to long, packed."""
     data = KNOWN["windows"]["pointwise"]
     windows = copy.copy(data.windows)
-    windows.windows = [data.windows.windows[i] for i in spread(data.windows.lengths, events)]
+    windows.spans = data.windows.spans[spread(data.windows.lengths, events)]
     part = WindowDataset(windows, data.label, None, KNOWN["recipe"].prompt.max_tokens)
     part.events = events
     return part
@@ -190,7 +191,7 @@ def fit(layout: str, size: int) -> dict[str, float]:
         fitted = train.fit(
             KNOWN["model"], data, data, Target(), lambda *_: {}, train=how, folder=Path(folder), seed=recipe.seed
         )
-    return {"seconds": fitted.seconds, "events": data.events, "tokens": data.tokens}
+    return {"seconds": fitted.seconds, "events": data.events, "tokens": data.tokens, "looks_back": looks_back(data)}
 
 
 def read(rows: int) -> dict[str, float]:
@@ -198,7 +199,13 @@ def read(rows: int) -> dict[str, float]:
     data = timeline_rows(rows)
     begin = seconds_now()
     scorer.score_rows(KNOWN["model"], data, range(rows))
-    return {"seconds": seconds_now() - begin, "tokens": data.tokens}
+    return {"seconds": seconds_now() - begin, "tokens": data.tokens, "looks_back": looks_back(data)}
+
+
+def looks_back(data: WindowDataset) -> float:
+    """Tokens that one attends to, on average."""
+    lengths = np.asarray(data.windows.lengths)[[window for row in data.rows for window in row]]
+    return float((lengths**2).sum() / 2 / lengths.sum())
 
 
 def profile(steps: int) -> dict[str, Any]:
@@ -247,6 +254,17 @@ def score(kind: str, history: list[Any], candidates: list[Any], user: Any) -> di
     return {"seconds": seconds_now() - begin, "scores": found.tolist()}
 
 
+def burst(users: int, begin_at: int, history: int, candidates: int) -> list[float]:
+    """Seconds that each of several people waits, from number `begin_at` on, who ask at the same moment."""
+    asked = [request("causal", begin_at + number, history, candidates) for number in range(users)]
+    requests: Any = [{"history": one["history"], "candidates": one["candidates"]} for one in asked]
+    begin, waited = seconds_now(), []
+    for first in range(0, users, TOGETHER):
+        found = KNOWN["scorers"]["causal"].score_many(requests[first : first + TOGETHER])
+        waited += [seconds_now() - begin] * len(found)
+    return waited
+
+
 # --- ceilings ---------------------------------------------------------------------------------------------------------
 
 
@@ -287,4 +305,4 @@ def ceiling(shape: list[int], tokens: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    serve({one.__name__: one for one in (setup, prompts, fit, read, profile, request, score, ceiling)})
+    serve({one.__name__: one for one in (setup, prompts, fit, read, profile, request, score, burst, ceiling)})

@@ -18,6 +18,7 @@ OURS = "peftrec"
 KEEP_ONE = "forward, logits_to_keep=1"
 MANY_CANDIDATES = (10, 30, 100, 300)
 LONG_HISTORIES = (10, 50, 200)
+USERS = (1, 8, 64)  # who ask at the same moment
 
 Rounds = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -103,7 +104,6 @@ def scoring(found: Mapping[str, Any], facts: Mapping[str, Any], options: argpars
         ratio = "" if name == OURS else middle(ratios(causal, name, OURS, seconds), ".1f")
         lines.append(f"| {name} | {middle([seconds(one) for one in rounds])} | {ratio} |")
     ours, theirs = (np.asarray(scores) for scores in found["scores"])
-    took = np.asarray(found["requests"])
     lines += [
         "",
         f"All read the same text with the same adapter; the others one prompt for each candidate, {options.asked} "
@@ -111,8 +111,9 @@ def scoring(found: Mapping[str, Any], facts: Mapping[str, Any], options: argpars
         f"proportion. Our log-odds and those of `{KEEP_ONE}` are {np.abs(ours - theirs).mean():.3f} apart on average, "
         "by the rounding of bfloat16 (`tests/test_recommender.py` holds them equal in float32). The pipeline gives a "
         "word, not a score. "
-        f"One request after the other, {len(took)} people: p50 {np.percentile(took, 50):.2f} s, "
-        f"p99 {np.percentile(took, 99):.2f} s. {machine(facts)}.",
+        f"{machine(facts)}.",
+        "",
+        *waits(found["waits"]),
         "",
         "| peftrec, seconds | " + " | ".join(f"{size}" for size in MANY_CANDIDATES) + " | slope |",
         "|---|" + "---:|" * (len(MANY_CANDIDATES) + 1),
@@ -140,10 +141,30 @@ def scoring(found: Mapping[str, Any], facts: Mapping[str, Any], options: argpars
         [
             *lines,
             "",
-            "In float32, the same pairs. Ours carries LoRA beside its head, and packs several prompts into a row, "
-            "whose attention to each other is computed and then masked; the CrossEncoder does neither.",
+            "In float32, the same pairs. Ours carries LoRA beside its head, the CrossEncoder does not.",
         ]
     )
+
+
+def waits(found: Mapping[tuple[int, int, int], Sequence[float]]) -> list[str]:
+    """How long people wait of whom several ask at the same moment."""
+    lines = [
+        "| users at once | history | candidates | p50 (s) | p99 (s) | requests a second |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for (users, history, candidates), times in found.items():
+        # The last of those who asked together has waited as long as all of them took.
+        took = sum(max(times[first : first + users]) for first in range(0, len(times), users))
+        lines.append(
+            f"| {users} | {history} | {candidates} | {np.percentile(times, 50):.2f} | {np.percentile(times, 99):.2f} "
+            f"| {len(times) / took:.2f} |"
+        )
+    return [
+        *lines,
+        "",
+        "All of them ask at the same moment, and `Recommender.score_many` answers eight at a time; who comes last has "
+        "waited for the others.",
+    ]
 
 
 def ceiling(found: Rounds, facts: Mapping[str, Any], options: argparse.Namespace) -> str:
@@ -155,14 +176,21 @@ def ceiling(found: Rounds, facts: Mapping[str, Any], options: argparse.Namespace
     lines.append(
         f"| memory copy, GB/s read and written | {middle([one['copy'] / 1e9 for one in found['ceiling']], '.1f')} |"
     )
-    lines += ["", "| of the bf16 ceiling | tokens a second | share |", "|---|---:|---:|"]
+    lines += [
+        "",
+        "| of the bf16 ceiling | tokens a second | share | attention's products counted |",
+        "|---|---:|---:|---:|",
+    ]
     for name, flop in (("training", 4), ("forward", 2)):
-        shares, speeds = [], []
+        shares, whole, speeds = [], [], []
         for one, top in zip(found[name], found["ceiling"], strict=True):
             ways = [top["bf16_forward"], top["bf16_backward"] if name == "training" else top["bf16_forward"]]
             speeds.append(one["tokens"] / one["seconds"])
             shares.append(100 * speeds[-1] * flop * top["parameters"] * sum(1 / way for way in ways) / 2)
-        lines.append(f"| {name} | {middle(speeds, '.0f')} | {middle(shares, '.0f')} % |")
+            layers, hidden = facts["shape"][:2]
+            attention = 4 * layers * hidden * one["looks_back"] * (flop - 1)  # forward once, back twice
+            whole.append(shares[-1] * (1 + attention / (flop * top["parameters"])))
+        lines.append(f"| {name} | {middle(speeds, '.0f')} | {middle(shares, '.0f')} % | {middle(whole, '.0f')} % |")
     return "\n".join(
         [
             *lines,
@@ -170,7 +198,8 @@ def ceiling(found: Rounds, facts: Mapping[str, Any], options: argparse.Namespace
             "Matrix products have the shapes of the model's linear layers for 1,024 tokens, forward and back, over as "
             "many weights as the model has. Counted are 4 FLOP for each parameter outside the embeddings "
             f"({found['ceiling'][0]['parameters'] / 1e6:.0f} million) and token in training and 2 in the forward; "
-            "attention, LoRA, norms and optimizer count as nothing and take their time. "
+            "attention, LoRA, norms and optimizer count as nothing and take their time. In the last column attention's "
+            "products count as well, with the keys that are not hidden. "
             f"{options.rounds} rounds; {machine(facts)}.",
         ]
     )

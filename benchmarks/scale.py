@@ -1,45 +1,63 @@
-"""Seconds and peak memory of everything in front of the model, on generated interactions of any number.
+"""Interactions -> training windows: seconds and peak memory of each stage, on generated interactions of several sizes.
 
-    python benchmarks/scale.py                        # 25 million events, 160 thousand users, 60 thousand items
-    python benchmarks/scale.py --events 1_000_000     # the same shape, smaller
-    python benchmarks/scale.py --write                # and put the table into docs/benchmarks.md
+    python benchmarks/scale.py                                    # 1, 10 and 32 million events
+    python benchmarks/scale.py --events 1_000_000 2_000_000       # other sizes
+    python benchmarks/scale.py --write                            # and put table and picture into docs/benchmarks.md
 
-The stages are the ones of recipes/finetune.py, in one process that keeps what the recipe keeps; no model is loaded. The
-tokenizer is a byte-level BPE that is trained on the generated titles, or a real one with `--tokenizer FOLDER`.
+Each size is measured in processes of its own: one that reads the tables, as recipes/finetune.py does in front of the
+model; one that finds the result in files; and one of those under a limit of memory. The tokenizer is a byte-level BPE
+that is trained on the generated titles.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import multiprocessing
 import os
 import platform
 import re
 import resource
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-from pages import put
+from pages import PAGE, put
+from transformers import AutoTokenizer
 
-from peftrec import baselines, config, encode, interactions, split, timeline
+from peftrec import baselines, config, encode, interactions, kept, prepared, split
+from peftrec.datasets import DATASETS
 
 GIGABYTE = 1e9
-MATERIALIZED = 1000  # packed rows made into arrays
-SYLLABLES = ("an", "bel", "cor", "da", "el", "fen", "gor", "hal", "in", "jo", "ka", "lum", "mor", "ne", "pa", "ver")
+READ_ROWS = 1000  # packed rows made into arrays
+SIZES = (1_000_000, 10_000_000, 32_000_000)
+EVENTS_OF_USER = 156
+PICTURE = PAGE.with_name("benchmarks-scale.png")
+
+READ, SPLIT, TOKENS, WINDOWS, KEEP = (
+    "read, check, code ids",
+    "split: sort, temporal",
+    "tokenize: each item once",
+    "windows cut and packed",
+    "keep it all in files",
+)
+STAGES = (READ, SPLIT, TOKENS, WINDOWS, KEEP)
+ARRAYS, AGAIN, COUNTING = f"arrays of {READ_ROWS:,} rows", "again, from the files", "baselines, streaming"
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def generate(folder: Path, events: int, users: int, items: int, text_ids: bool, seed: int) -> None:
+def generate(folder: Path, events: int, users: int, items: int, seed: int) -> None:
     """Write interactions.parquet and items.parquet, rows in no order.
 
     Lengths of users are lognormal (a median of 0.45 of the mean, a few of a hundred times the mean), items have a long
@@ -62,9 +80,6 @@ def generate(folder: Path, events: int, users: int, items: int, text_ids: bool, 
     rating = (np.clip(np.round(stars * 2), 1, 10) / 2).astype(np.float32)
     table = pl.DataFrame({"user_id": user, "item_id": item, "rating": rating, "timestamp": seconds})
     catalogue = pl.DataFrame({"item_id": np.arange(items, dtype=np.int32), "title": _titles(items, random)})
-    if text_ids:
-        table = table.with_columns(_text("U", "user_id"), _text("B", "item_id"))
-        catalogue = catalogue.with_columns(_text("B", "item_id"))
     table.write_parquet(folder / "interactions.parquet")
     catalogue.write_parquet(folder / "items.parquet")
 
@@ -81,14 +96,13 @@ def _running_by(key: np.ndarray, value: np.ndarray) -> np.ndarray:
 
 
 def _titles(count: int, random: np.random.Generator) -> list[str]:
-    words = np.array([(a + b).capitalize() for a in SYLLABLES for b in SYLLABLES])
-    drawn = words[random.integers(0, len(words), (count, 4))]
-    used, year = random.integers(1, 5, count), random.integers(1930, 2025, count)
-    return [f"{' '.join(drawn[i, : used[i]])} ({year[i]})" for i in range(count)]
-
-
-def _text(prefix: str, name: str) -> pl.Expr:
-    return (prefix + pl.col(name).cast(pl.String).str.zfill(9)).alias(name)
+    """Words of ml-100k's titles put together anew, as many as one of them has, with a year."""
+    titles = [title.split() for title in DATASETS["ml-100k"].load().items["title"].to_list()]
+    words = np.array([word for title in titles for word in title])
+    length = np.array([len(title) for title in titles])[random.integers(0, len(titles), count)]
+    drawn = np.split(words[random.integers(0, len(words), int(length.sum()))], np.cumsum(length)[:-1])
+    year = random.integers(1930, 2025, count)
+    return [f"{' '.join(title)} ({year[i]})" for i, title in enumerate(drawn)]
 
 
 def small_tokenizer(titles: list[str]) -> Any:
@@ -114,29 +128,45 @@ def small_tokenizer(titles: list[str]) -> Any:
 
 @dataclass
 class Stages:
-    """What each stage took; rows of the table."""
+    """Seconds and peak bytes of each stage, those of the stages within it left out."""
 
-    rows: list[tuple[str, float, float, float, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    _open: list[str] = field(default_factory=list)
+    _since: float = 0.0
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[list[str]]:
-        """Measure a block; what it appends to the list is said of it in the table."""
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure a block."""
+        self._note()
         gc.collect()
-        reset_peak()
-        notes: list[str] = []
-        begin, cpu_begin = time.perf_counter(), time.process_time()
-        yield notes
-        seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu_begin
-        peak, note = peak_bytes() / GIGABYTE, ", ".join(notes)
-        self.rows.append((name, seconds, cpu, peak, note))
-        print(f"{name}: {seconds:.1f} s, {cpu:.1f} s of CPU, {peak:.2f} GB, {note}", flush=True)
+        self._open.append(name)
+        self._note(begin=True)
+        try:
+            yield
+        finally:
+            self._note()
+            self._open.pop()
+            self._note(begin=True)
 
-    def table(self) -> str:
-        """Markdown."""
-        _, seconds, cpu, peak, _ = zip(*self.rows, strict=True)
-        rows = [*self.rows, ("**all**", sum(seconds), sum(cpu), max(peak), "")]
-        lines = ["| stage | seconds | CPU seconds | peak memory (GB) | result |", "|---|---:|---:|---:|---|"]
-        return "\n".join(lines + [f"| {n} | {s:.1f} | {c:.1f} | {p:.2f} | {note} |" for n, s, c, p, note in rows])
+    def of(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The function, measured at each call."""
+
+        @wraps(function)
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            with self.stage(name):
+                return function(*args, **kwargs)
+
+        return measured
+
+    def _note(self, begin: bool = False) -> None:
+        now = time.perf_counter()
+        if self._open and not begin:
+            name = self._open[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+            self.bytes[name] = max(self.bytes.get(name, 0), peak_bytes())
+        reset_peak()
+        self._since = time.perf_counter()
 
 
 def reset_peak() -> None:
@@ -150,72 +180,211 @@ def reset_peak() -> None:
 def peak_bytes() -> int:
     """The most memory that this process had in use since `reset_peak`."""
     try:
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
-    except (OSError, TypeError):
+        return _status("VmHWM")
+    except OSError:
         unit = 1 if platform.system() == "Darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def run(folder: Path, tokenizer_folder: str | None) -> Stages:
+def own_bytes() -> int:
+    """Memory in use that is this process's own, no view of a file (Linux)."""
+    return _status("RssAnon")
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, name
+    return int(found[1]) * 1024
+
+
+def measure(folder: Path, tokenizer_folder: str) -> dict[str, Any]:
+    """The stages in front of the model, the first time: a dict that JSON can hold."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     stages = Stages()
-    source = config.Data(
+    # The parts of what a recipe calls, measured where they are called.
+    interactions.load = stages.of(interactions.load, READ)
+    split.split = stages.of(split.split, SPLIT)
+    kept._write = stages.of(kept._write, KEEP)
+    source = _source(folder)
+    with stages.stage(READ):  # with hashes of the files
+        data, log = prepared.load(source, 13)
+    with stages.stage(TOKENS):
+        encoder = encode.Encoder(log, config.Prompt(), tokenizer, "isolate")
+    with stages.stage(WINDOWS):
+        train = encoder.train(None)
+    with stages.stage(ARRAYS):
+        read = _read_rows(train)
+    facts = {
+        "warnings": list(data.warnings),
+        "splits": np.bincount(log.split).tolist(),
+        "events": len(log),
+        "users": len(log.user_ids),
+        "items": log.items.height,
+        "tokens": train.tokens,
+        "windows": len(train.windows),
+        "rows": len(train),
+        "read": read,
+        "full": train.tokens / (len(train) * config.Prompt().max_tokens),
+        "kept": sum(path.stat().st_size for path in (folder / "home").rglob("*") if path.is_file()),
+    }
+    with stages.stage(COUNTING):
+        baselines.predict(log, "streaming")
+    return {"seconds": stages.seconds, "bytes": stages.bytes, **facts}
+
+
+def again(folder: Path, tokenizer_folder: str, limit: int | None = None) -> dict[str, Any]:
+    """The same from the files, with at most `limit` bytes of memory of its own."""
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    begin = time.perf_counter()
+    _, log = prepared.load(_source(folder), 13)
+    train = encode.Encoder(log, config.Prompt(), tokenizer, "isolate").train(None)
+    seconds = time.perf_counter() - begin
+    own = own_bytes()
+    return {"seconds": seconds, "read": _read_rows(train), "own": max(own, own_bytes())}
+
+
+def _source(folder: Path) -> config.Data:
+    return config.Data(
         interactions=str(folder / "interactions.parquet"), items=str(folder / "items.parquet"), like_at=4.0
     )
-    with stages.stage("load: read, check, code ids") as notes:
-        data = interactions.load(source, seed=13)
-        counts = {"events": data.events.height, "users": len(data.user_ids), "items": data.items.height}
-        notes += [f"{count:,} {name}" for name, count in counts.items()]
-    with stages.stage("split: sort, temporal") as notes:
-        log = split.split(data, source.split, seed=13)
-        notes += [f"{name} {rows:,}" for name, rows in zip(split.SPLITS, np.bincount(log.split), strict=True)]
-    with stages.stage("baselines: streaming, shrinkage chosen") as notes:
-        known = baselines.predict(log, "streaming")
-        prior = known.scores["bias"].astype(np.float32)
-        notes += [f"{name} {value:g}" for name, value in asdict(known.shrinkage).items()]
-    with stages.stage("tokens: each item once") as notes:
-        tokenizer = load_tokenizer(tokenizer_folder, log.items["title"].to_list())
-        encoder = encode.Encoder(log, config.Prompt(), tokenizer, "isolate")
-        tokens = encoder.questions.lengths
-        notes += [f"{tokens.sum():,} tokens", f"{tokens.mean():.1f} an item"]
-    with stages.stage("training: windows cut and packed") as notes:
-        train = encoder.train(prior)
-        notes += sizes(train)
-    with stages.stage(f"training: arrays of {MATERIALIZED:,} rows") as notes:
-        picked = np.random.default_rng(0).permutation(len(train))[:MATERIALIZED]
-        read = sum(int((train[int(index)]["row"] >= 0).sum()) for index in picked)
-        notes += [f"{read:,} events read"]
-    with stages.stage("test: windows cut and packed") as notes:
-        notes += sizes(encoder.evaluate(np.flatnonzero(log.split == split.TEST), "streaming", prior))
-    return stages
 
 
-def load_tokenizer(folder: str | None, titles: list[str]) -> Any:
-    if folder is None:
-        return small_tokenizer(titles)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
+def _read_rows(train: Any) -> int:
+    picked = np.random.default_rng(0).permutation(len(train))[:READ_ROWS]
+    return sum(int((train[int(index)]["row"] >= 0).sum()) for index in picked)
 
 
-def sizes(packed: timeline.WindowDataset) -> list[str]:
-    full = packed.tokens / (len(packed) * config.Prompt().max_tokens)
-    counts = {"events read": packed.events, "windows": len(packed.windows), "rows": len(packed)}
-    return [*(f"{count:,} {name}" for name, count in counts.items()), f"{full:.1%} full"]
+def save_tokenizer(folder: Path) -> None:
+    """Train a tokenizer on the generated titles."""
+    titles = pl.read_parquet(folder / "items.parquet")["title"].to_list()
+    small_tokenizer(titles).save_pretrained(folder / "tokenizer")
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def apart(function: Callable[..., Any], *args: Any, environment: dict[str, str] | None = None) -> Any:
+    """What the function returns, called in a process of its own; None if that ended badly."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as name:
+        answer = Path(name) / "answer.json"
+        process = context.Process(target=_answer, args=(answer, function, args, environment or {}))
+        process.start()
+        process.join()
+        return json.loads(answer.read_text()) if process.exitcode == 0 else None
+
+
+def _answer(answer: Path, function: Callable[..., Any], args: tuple[Any, ...], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    answer.write_text(json.dumps(function(*args)))
+
+
+def one_size(folder: Path, events: int, given: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one size."""
+    shape = (events, max(1, events // EVENTS_OF_USER), given.items, given.seed)
+    if not (folder / "interactions.parquet").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        apart(generate, folder, *shape)
+    tokenizer = str(folder / "tokenizer")
+    if not Path(tokenizer).exists():
+        apart(save_tokenizer, folder)
+    home = {"PEFTREC_HOME": str(folder / "home"), "PEFTREC_PREPARED": "1000"}
+    found = apart(measure, folder, tokenizer, environment=home)
+    if found is None:
+        raise SystemExit(f"{events:,} events: the measurement failed")
+    limit = round(given.limit * GIGABYTE)
+    found["again"] = apart(again, folder, tokenizer, environment=home)
+    found["limited"] = apart(again, folder, tokenizer, limit, environment=home)
+    off = {**home, "PEFTREC_PREPARED": "off"}
+    found["off"] = apart(again, folder, tokenizer, limit, environment=off) is not None
+    found["megabytes"] = (folder / "interactions.parquet").stat().st_size / 1e6
+    print(json.dumps({"asked": events, **found}), flush=True)
+    return found
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def section(stages: Stages, arguments: argparse.Namespace, megabytes: float) -> str:
-    command = f"python benchmarks/scale.py --events {arguments.events:_} --ids {arguments.ids}"
-    return (
-        f"{arguments.events:,} generated interactions of {arguments.users:,} users and {arguments.items:,} items, "
-        f"{arguments.ids} ids, rows in no order ({megabytes:,.0f} MB of Parquet), on {hardware()}. "
-        f"Made by `{command} --write`.\n\n{stages.table()}\n\n"
-        "Memory is that of the whole process at its highest during the stage: what earlier stages keep and the "
-        "libraries are in it."
+def slope(sizes: list[int], values: list[float]) -> float:
+    """Of a line through the points on a log-log plot: 1 is linear growth."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def section(found: dict[int, dict[str, Any]], given: argparse.Namespace) -> str:
+    sizes = list(found)
+    heads = " | ".join(f"{size / 1e6:g} M: s | GB" for size in sizes)
+    lines = [f"| stage | {heads} | slope of seconds |", f"|---|{'---:|' * (2 * len(sizes) + 1)}"]
+
+    def line(name: str, seconds: list[float], peak: list[float], bold: str = "") -> None:
+        cells = " | ".join(f"{s:.1f} | {b / GIGABYTE:.2f}" for s, b in zip(seconds, peak, strict=True))
+        grows = f"{slope(sizes, seconds):.2f}" if len(sizes) > 1 else "-"
+        lines.append(f"| {bold}{name}{bold} | {cells} | {grows} |")
+
+    def of(name: str) -> tuple[list[float], list[float]]:
+        return [found[n]["seconds"][name] for n in sizes], [found[n]["bytes"][name] for n in sizes]
+
+    for name in STAGES:
+        line(name, *of(name))
+    line("to training windows", *totals(found), bold="**")
+    line(AGAIN, [found[n]["again"]["seconds"] for n in sizes], [found[n]["again"]["own"] for n in sizes])
+    line(ARRAYS, *of(ARRAYS))
+    line(COUNTING, *of(COUNTING))
+    seconds, _ = totals(found)
+    ratios = ", ".join(f"{s / found[n]['again']['seconds']:.0f}x" for n, s in zip(sizes, seconds, strict=True))
+    largest = found[sizes[-1]]
+    bounded = {n: found[n]["limited"] for n in sizes}
+    held = "; ".join(
+        f"{n / 1e6:g} M: from the files {'runs' if bounded[n] else 'fails'}, from the tables without files "
+        f"{'runs' if found[n]['off'] else 'fails'}"
+        for n in sizes
     )
+    return (
+        f"Generated interactions, rows in no order, {EVENTS_OF_USER} a user in the mean, {given.items:,} items "
+        f"({largest['megabytes']:,.0f} MB of Parquet for the largest), on {hardware()}. "
+        f"The largest gives {largest['windows']:,} windows in {largest['rows']:,} rows of {config.Prompt().max_tokens} "
+        f"tokens, {largest['full']:.1%} full, {largest['tokens']:,} tokens.\n\n" + "\n".join(lines) + "\n\n"
+        "Memory is that of the whole process at its highest during the stage, the libraries and what earlier stages "
+        "keep included; for the second time it is the process's own, without views of files. Baselines are counted "
+        "beside the model and are no part of the sum.\n\n"
+        f"The second time is {ratios} faster. The files take {largest['kept'] / GIGABYTE:.2f} GB for the largest "
+        f"({largest['kept'] / largest['events']:.0f} bytes an event). With {given.limit:g} GB of memory of its own "
+        f"(RLIMIT_DATA), {held}.\n\n"
+        "![Seconds and memory against interactions](benchmarks-scale.png)"
+    )
+
+
+def totals(found: dict[int, dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Seconds and peak bytes of all stages to the windows, by size."""
+    return (
+        [sum(one["seconds"][name] for name in STAGES) for one in found.values()],
+        [max(one["bytes"][name] for name in STAGES) for one in found.values()],
+    )
+
+
+def draw(found: dict[int, dict[str, Any]], path: Path) -> None:
+    """Seconds and memory on log-log axes, with a line of slope 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sizes = list(found)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    seconds, _ = totals(found)
+    for name in STAGES:
+        left.plot(sizes, [found[n]["seconds"][name] for n in sizes], "o-", lw=1, ms=4, label=name)
+        right.plot(sizes, [found[n]["bytes"][name] / GIGABYTE for n in sizes], "o-", lw=1, ms=4, label=name)
+    left.plot(sizes, seconds, "ko-", label="all")
+    left.plot(sizes, [seconds[-1] * n / sizes[-1] for n in sizes], "k:", label="slope 1")
+    right.plot(sizes, [found[n]["again"]["own"] / GIGABYTE for n in sizes], "ks--", ms=4, label=AGAIN)
+    for axis, name in ((left, "seconds"), (right, "peak memory (GB)")):
+        axis.set(xscale="log", yscale="log", xlabel="interactions", ylabel=name)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def hardware() -> str:
@@ -228,29 +397,31 @@ def hardware() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=25_000_000)
-    parser.add_argument("--users", type=int, help="one for 156 events if left out")
+    parser.add_argument("--events", type=int, nargs="+", default=SIZES)
     parser.add_argument("--items", type=int, default=60_000)
-    parser.add_argument("--ids", choices=["integer", "text"], default="integer")
-    parser.add_argument("--tokenizer", help="folder of a tokenizer; trained on the titles if left out")
+    parser.add_argument("--limit", type=float, default=1.0, help="gigabytes of own memory of the limited process")
     parser.add_argument("--seed", type=int, default=13)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
-    arguments = parser.parse_args()
-    arguments.users = arguments.users or max(1, arguments.events * 160_000 // 25_000_000)
-    with tempfile.TemporaryDirectory(prefix="peftrec-scale-") as name:
-        folder = Path(name)
-        # In a process of its own, so that its memory is not counted.
-        shape = (arguments.events, arguments.users, arguments.items, arguments.ids == "text", arguments.seed)
-        maker = multiprocessing.get_context("spawn").Process(target=generate, args=(folder, *shape))
-        maker.start()
-        maker.join()
-        if maker.exitcode:
-            raise SystemExit(f"generating failed (exit code {maker.exitcode})")
-        megabytes = (folder / "interactions.parquet").stat().st_size / 1e6
-        stages = run(folder, arguments.tokenizer)
-    text = section(stages, arguments, megabytes)
+    parser.add_argument("--folder", type=Path, help="keep the generated tables here, and use what lies here")
+    parser.add_argument("--generate", action="store_true", help="only make the tables in --folder")
+    parser.add_argument("--write", action="store_true", help="put table and picture into docs/benchmarks.md")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="peftrec-scale-") as scratch:
+        found = {}
+        for events in given.events:
+            folder = (given.folder or Path(scratch)) / str(events)
+            if given.generate:
+                folder.mkdir(parents=True, exist_ok=True)
+                shape = (events, max(1, events // EVENTS_OF_USER), given.items, given.seed)
+                apart(generate, folder, *shape)
+                continue
+            shutil.rmtree(folder / "home", ignore_errors=True)
+            found[events] = one_size(folder, events, given)
+    if not found:
+        return
+    text = section(found, given)
     print(f"\n{text}")
-    if arguments.write:
+    if given.write:
+        draw(found, PICTURE)
         put("scale", text)
 
 

@@ -11,7 +11,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-from peftrec.imports import after_import
+from peftrec.imports import after_import, around_import, compile_later
 
 if TYPE_CHECKING:
     from peftrec.config import load_recipe
@@ -69,5 +69,6 @@ def _add_pipeline() -> None:
         import peftrec.pipelines  # noqa: F401
 
 
+around_import("bitsandbytes", compile_later)
 after_import("peft", _add_bottleneck)
 after_import("transformers.pipelines", _add_pipeline)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peftrec import adalora, config, lora_start, methods, quantized, virtual_tokens
+from peftrec import adalora, config, fused, lora_start, methods, quantized, virtual_tokens
 from peftrec.compatibility import REFUSED_TYPES
 from peftrec.errors import ConfigError, ModelError
 
@@ -128,6 +128,7 @@ def _wrap(model: Any, wanted: Any) -> Any:
         if isinstance(module, BaseTunerLayer) and id(module.get_base_layer()) in packed:
             # Some of PEFT's layers answer in float32, which the next layer cannot take.
             module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+    fused.install(attached)
     return attached
 
 
@@ -189,13 +190,18 @@ def _check_trained(attached: Any) -> None:
 # --- for others -------------------------------------------------------------------------------------------------------
 
 
-def save(model: Any, folder: str | Path) -> None:
+def save(model: Any, folder: str | Path, name: str = "default") -> None:
     """Write the adapter to `folder`, as PEFT does; of a model without adapter, the weights of the whole model.
 
     A PiSSA adapter is written as the plain LoRA update that it is to the base model.
 
     The embedding layers are never part of the adapter, and saying so keeps PEFT from asking the Hub about the base
     model's vocabulary: a finished run must not be lost to a network error.
+
+    Args:
+        model: with its adapters.
+        folder: made if need be.
+        name: which of them, as PEFT knows it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -206,8 +212,8 @@ def save(model: Any, folder: str | Path) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    described = copy.deepcopy(model.peft_config["default"])
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    described = copy.deepcopy(model.peft_config[name])
     described.inference_mode = True
     lora_start.plain_lora(model, described, state)
     _write(state, folder / WEIGHTS)
@@ -235,7 +241,7 @@ def load(model: Any, folder: str | Path) -> Any:
         raise ModelError(f"{folder}: no {CONFIG}; expected a folder that a peftrec run wrote (RUN/adapter)")
     from peft import get_peft_model_state_dict
 
-    expected = _read_config(folder)
+    expected = read_config(folder)
     before = [(p, _sample(p)) for p in model.parameters()]
     try:
         loaded = _wrap(model, expected)
@@ -264,7 +270,12 @@ def is_whole(folder: Path) -> bool:
     return (folder / FULL).is_file() and not (folder / CONFIG).is_file()
 
 
-def _read_config(folder: Path) -> Any:
+def read_config(folder: Path) -> Any:
+    """PEFT's config of a saved adapter.
+
+    Raises:
+        ModelError: there is none, it cannot be read, or it names what a stranger's file must not.
+    """
     from peft import PeftConfig
 
     path = folder / CONFIG

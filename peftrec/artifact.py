@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -35,6 +36,9 @@ Name = Annotated[str, Check("text of at most 500 characters", lambda text: 0 < l
 Tokens = Annotated[int, Check(f"a number of tokens up to {MOST_TOKENS:,}", lambda n: 1 <= n <= MOST_TOKENS)]
 Distinct = Check("different values", lambda a: len(a) == len(set(a)))
 Several = Check("two or more different values", lambda a: len(a) == len(set(a)) > 1)
+SideName = Annotated[
+    str, Check("als, items_0, items_1 … or users", lambda name: bool(re.fullmatch(r"als|items_\d{1,2}|users", name)))
+]
 Finite = Annotated[float, Check("a finite number", math.isfinite)]
 
 
@@ -130,11 +134,13 @@ class Probe:
         history: text and answer (its index) of each event, oldest first.
         candidate: text of the item in question.
         score: without the prior, from float32.
+        items: ids of the history's items and of the candidate, whose side vectors the score counts on; else none.
     """
 
     history: list[tuple[str, int]]
     candidate: str
     score: float
+    items: list[str | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,8 @@ class Artifact:
     like_at: float | None = None
     """Rating from which an event counts as liked; null where the data had labels, or nobody said."""
     prior: Literal["prior.json"] | None = None
+    side: Annotated[list[SideName], Distinct] | None = None
+    """Sources of the vectors in `side.safetensors`, which projectors add to the token that ends an event's question."""
     seed: int = 13
     probes: list[Probe] = field(default_factory=list)
     record_probes: list[RecordProbe] = field(default_factory=list)
@@ -182,6 +190,7 @@ def describe(
     example: tuple[Sequence[tuple[str, int]], str],
     template: str | None = None,
     probes: Sequence[Probe] = (),
+    side: Sequence[str] = (),
 ) -> Artifact:
     """The artifact of a finished run; no path of this machine gets into it.
 
@@ -197,6 +206,7 @@ def describe(
         example: history and candidate of the example prompt, as in `PromptFormat.text`.
         template: the template in effect where the recipe leaves it to a default (prompt records).
         probes: questions with their scores.
+        side: names of the sources of side vectors.
     """
     kind: Kind = codec.kind if isinstance(codec, WholeText) else "causal"
     prompt = PromptFormat(
@@ -221,12 +231,13 @@ def describe(
     bos = prompt.bos if kind == "causal" else None
     return Artifact(
         prompt=dataclasses.replace(prompt, example=(bos or "") + text),
-        base_model=Base(**{**facts, "name": _public(base.name), "hub_id": _public(base.hub_id)}),
-        data=Source(", ".join(_public(part) for part in data_name.split(", ")), data_sha256),
+        base_model=Base(**{**facts, "name": public_name(base.name), "hub_id": public_name(base.hub_id)}),
+        data=Source(", ".join(public_name(part) for part in data_name.split(", ")), data_sha256),
         peftrec_version=version("peftrec"),
         task=recipe.task,
         target=Scoring(target.head, target.loss, list(target.scale), list(target.offset), target.slope, target.centre),
         like_at=like_at,
+        side=list(side) or None,
         seed=recipe.seed,
         probes=list(probes),
     )
@@ -236,7 +247,7 @@ def _asks_items(template: str | None) -> bool:
     return template is None or "item" in values.placeholders(template)
 
 
-def _public(name: str) -> str:
+def public_name(name: str) -> str:
     """A Hub id or a data set's name as it is; of a path the last part only."""
     path = Path(name).expanduser()
     return path.name if path.is_absolute() or path.exists() else name
@@ -318,10 +329,11 @@ def _probes(values: Any, answers: int, path: Path) -> list[Probe]:
                 [(str(text), range(answers).index(answer)) for text, answer in one["history"]],
                 str(one["candidate"]),
                 float(one["score"]),
+                [None if item is None else str(item) for item in one.get("items", [])],
             )
             for one in values
         ]
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         raise ModelError(
             f"{path}: probes: not a list of objects with history, candidate and score; fetch the adapter again"
         ) from None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from peftrec import assets, attention, config, heads, quantized
+from peftrec import assets, attention, config, fused, heads, quantized
 from peftrec.errors import ConfigError, ModelError
 from peftrec.prompts import Kind
 from peftrec.target import Target
@@ -140,6 +140,7 @@ def load(model: config.Model, target: Target | None = None, *, token: str | bool
         if model.attn_implementation == "sdpa" and not on_gpu:
             # Only now: transformers has checked that this architecture can do without eager attention's extras.
             loaded.set_attn_implementation(attention.register())
+    fused.install(loaded)
     packaged = assets.MODELS.get(model.name)
     new = {name: p.numel() for name, p in loaded.named_parameters() if p.requires_grad}
     name = Path(model.name).name if Path(model.name).is_dir() else model.name
@@ -157,6 +158,32 @@ def load(model: config.Model, target: Target | None = None, *, token: str | bool
         quantization=quantization,
     )
     return Backbone(loaded, tokenizer, base, kind)
+
+
+def with_language_head(model: config.Model, auto_class: Any) -> tuple[Any, bool]:
+    """The same base model, unquantized and frozen, with a head that predicts words.
+
+    Args:
+        model: the recipe's section.
+        auto_class: of transformers, such as AutoModelForMaskedLM.
+
+    Returns:
+        The model, and whether the checkpoint lacks weights of that head, which then are drawn, the same each time.
+
+    Raises:
+        ModelError: it cannot be loaded so.
+    """
+    source, options = _source(model)
+    with _as_model_error(model), _drawn_alike():
+        loaded, loading = auto_class.from_pretrained(
+            source,
+            dtype=DTYPES[model.dtype],
+            attn_implementation=model.attn_implementation,
+            output_loading_info=True,
+            **options,
+        )
+    device = f"cuda:{torch.cuda.current_device()}" if has_gpu() else "cpu"
+    return loaded.to(device).eval().requires_grad_(False), bool(loading["missing_keys"])
 
 
 def _source(model: config.Model) -> tuple[str, dict[str, Any]]:

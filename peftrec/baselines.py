@@ -75,7 +75,13 @@ class Predictions:
     shrinkage: Shrinkage
 
 
-def predict(log: Log, history: History, ties: Ties = "isolate", shrinkage: Shrinkage | None = None) -> Predictions:
+def predict(
+    log: Log,
+    history: History,
+    ties: Ties = "isolate",
+    shrinkage: Shrinkage | None = None,
+    items: History | None = None,
+) -> Predictions:
     """Score all rows by what is known of each.
 
     Args:
@@ -84,10 +90,12 @@ def predict(log: Log, history: History, ties: Ties = "isolate", shrinkage: Shrin
         ties: "order" lets a row know the events of its own user that share its timestamp and stand before it, as the
             model does then; items still count strictly earlier events only.
         shrinkage: chosen on the validation rows (log loss, a grid) if left out; the default where there are none.
+        items: what validation and test rows know of items and of everybody; as of their user if left out.
     """
+    items = items or history
     if not (log.item >= 0).any():
-        return Predictions({"global_mean": _Means(log, history).log_odds}, shrinkage or Shrinkage())
-    known = _Effects(log, history, ties)
+        return Predictions({"global_mean": _Means(log, items).log_odds}, shrinkage or Shrinkage())
+    known = _Effects(log, history, ties, items)
     shrinkage = shrinkage or known.best_shrinkage()
     user_gap, user_variance = known.user_sums(shrinkage.item)
     scores = {
@@ -199,7 +207,7 @@ class _Earlier:
         return result
 
 
-class _Known:
+class Known:
     """Sums over what each row knows of the other rows with the same key, a code from -1.
 
     A training row knows the training rows strictly earlier in time. `held_knows` is for validation and test rows:
@@ -253,7 +261,7 @@ class _Means:
 
     def __init__(self, log: Log, history: History):
         one_key = np.zeros(len(log.label), dtype=np.int8)
-        everything = _Known(one_key, log.timestamp, log.split == 0, _of_items(history))
+        everything = Known(one_key, log.timestamp, log.split == 0, items_known(history))
         self.chance = _smoothed(everything.sum(log.label), everything.sum(np.ones(len(log.label), dtype=np.int8)))
         self.log_odds = _logit(self.chance)
 
@@ -261,17 +269,17 @@ class _Means:
 class _Effects:
     """What each row knows of its item and its user, for any shrinkage."""
 
-    def __init__(self, log: Log, history: History, ties: Ties):
-        self.means = _Means(log, history)
+    def __init__(self, log: Log, history: History, ties: Ties, of_items: History):
+        self.means = _Means(log, of_items)
         self._log = log
         train, has_item = log.split == 0, log.item >= 0
-        items = _Known(log.item, log.timestamp, train, _of_items(history))
+        items = Known(log.item, log.timestamp, train, items_known(of_items))
         self.item_events = items.sum(has_item)
         self._item_likes = items.sum(has_item * log.label)
         del items
         # A log is sorted by user, then time: a row's place tells the events of one second apart.
         user_time = log.timestamp if ties == "isolate" else np.arange(len(log.user))
-        self._users = _Known(log.user, user_time, train, "past" if history == "streaming" else "training")
+        self._users = Known(log.user, user_time, train, "past" if history == "streaming" else "training")
         self._train, self._held = train, ~train
         self._settled_likes, self._settled_events = _item_totals(log, train & has_item)
         self._settled_mean = _smoothed(log.label[train].sum(dtype=np.float64), int(train.sum()))
@@ -317,7 +325,8 @@ class _Effects:
         return Shrinkage(min(item_means, key=lambda one: item_means[one]), item, user)
 
 
-def _of_items(history: History) -> Literal["training", "streaming"]:
+def items_known(history: History) -> Literal["training", "streaming"]:
+    """What validation and test rows know of items, in the words of `Known`."""
     return "streaming" if history == "streaming" else "training"
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from peftrec.interactions import Task
 from peftrec.metrics import ClickRows, RatingRows
-from peftrec.ranking import Floats, Ints, codes
+from peftrec.ranking import Floats, Ints, codes, ratio
 
 # Weights held at once while resampling: 32 MB of float64 for each temporary.
 _CHUNK_CELLS = 4_000_000
@@ -72,7 +72,7 @@ def bootstrap(
     """
     users, n_users = codes(user)
     given = answers or {}
-    scorers: dict[str, ClickRows | RatingRows] = {
+    scorers = {
         name: (
             ClickRows.of(truth, score, users, n_users, ranking_only=name in ranking_only)
             if task == "click"
@@ -80,8 +80,38 @@ def bootstrap(
         )
         for name, score in scores.items()
     }
+    return resample(scorers, len(users), n_users, n, seed)
+
+
+@dataclass(frozen=True)
+class UserMeans:
+    """Figures that are means over users, or ratios of sums over users.
+
+    Attributes:
+        parts: metric -> each user's share of what is divided and of what it is divided by, (n_users,) each.
+    """
+
+    parts: Mapping[str, tuple[Floats, Floats]]
+
+    def measure(self, times: Floats) -> dict[str, Floats]:
+        """Every metric under B weightings of the users: (B, n_users) -> metric -> (B,)."""
+        return {name: ratio(times @ top, times @ bottom) for name, (top, bottom) in self.parts.items()}
+
+
+def resample(
+    scorers: Mapping[str, ClickRows | RatingRows | UserMeans], n_rows: int, n_users: int, n: int, seed: int
+) -> Bootstrap:
+    """What `bootstrap` gives, of scorers that are ready to be measured.
+
+    Args:
+        scorers: differences are taken to the first.
+        n_rows: rows behind each scorer, which set how much is computed at once.
+        n_users: number of users.
+        n: resamples.
+        seed: of the resamples.
+    """
     points = {name: scorer.measure(np.ones((1, n_users))) for name, scorer in scorers.items()}
-    values = _resampled(scorers, points, n if n_users else 0, len(users), n_users, seed)
+    values = _resampled(scorers, points, n if n_users else 0, n_rows, n_users, seed)
     intervals = {
         name: {key: _interval(point[0], values[name][key]) for key, point in points[name].items()} for name in scorers
     }
@@ -123,8 +153,63 @@ def of_means(values: Mapping[str, npt.ArrayLike], n: int = 1000, seed: int = 13)
     return Bootstrap(intervals, differences)
 
 
+def over_seeds(
+    label: npt.ArrayLike,
+    scores: Mapping[str, Sequence[npt.ArrayLike]],
+    user: npt.ArrayLike,
+    pairs: Sequence[tuple[str, str]],
+    n: int = 1000,
+    seed: int = 13,
+) -> tuple[dict[str, dict[str, Interval]], dict[tuple[str, str], dict[str, Interval]]]:
+    """Figures of click prediction as means over several trainings, with intervals (95 %) by drawing users.
+
+    On each resample of the users a figure is measured for each seed's scores and then averaged; a difference is that of
+    two such means on the same resample. An interval says how far other people would move the mean of these seeds.
+
+    Args:
+        label: 0 or 1, shape (n_rows,).
+        scores: way -> log-odds of each of its seeds, shape (n_rows,) each.
+        user: whose row it is (any ids), shape (n_rows,).
+        pairs: ways (ours, theirs) whose difference *ours minus theirs* is wanted.
+        n: resamples.
+        seed: of the resamples, which all ways share.
+
+    Returns:
+        Way -> metric -> interval, and pair -> metric -> interval.
+
+    Raises:
+        DataError: as `metrics.click_metrics`.
+    """
+    users, n_users = codes(user)
+    scorers = {
+        f"{place} {way}": ClickRows.of(label, one, users, n_users)
+        for way, several in scores.items()
+        for place, one in enumerate(several)
+    }
+    once = {name: scorer.measure(np.ones((1, n_users))) for name, scorer in scorers.items()}
+    drawn = _resampled(scorers, once, n, len(users), n_users, seed)
+
+    def mean(of: Mapping[str, Mapping[str, Floats]], way: str) -> dict[str, Floats]:
+        each = [of[f"{place} {way}"] for place in range(len(scores[way]))]
+        return {key: np.mean([one[key] for one in each], axis=0) for key in each[0]}
+
+    points = {way: mean(once, way) for way in scores}
+    values = {way: mean(drawn, way) for way in scores}
+    figures = {
+        way: {key: _interval(point[0], values[way][key]) for key, point in points[way].items()} for way in scores
+    }
+    differences = {
+        (ours, theirs): {
+            key: _interval(points[ours][key][0] - points[theirs][key][0], values[ours][key] - values[theirs][key])
+            for key in points[ours]
+        }
+        for ours, theirs in pairs
+    }
+    return figures, differences
+
+
 def _resampled(
-    scorers: Mapping[str, ClickRows | RatingRows],
+    scorers: Mapping[str, ClickRows | RatingRows | UserMeans],
     points: Mapping[str, Mapping[str, Floats]],
     n: int,
     n_rows: int,

@@ -162,6 +162,11 @@ def _asked(facts: Facts) -> Iterator[str]:
             "Published scores include a prior that only counts (`prior.json`). Without peftrec there is no prior; "
             f"those scores are the row “{shown(NO_PRIOR)}”."
         )
+    if about.side:
+        yield (
+            "Vectors stand beside the text (`side.safetensors`), of the items that are known there; any other item is "
+            "read by its text alone. Without peftrec all are."
+        )
     if about.probes:
         yield f"`peftrec.json` holds {len(about.probes)} questions whose histories are from the data, without user ids."
     yield from (f"{inline(line)}." for line in public_warnings(facts))

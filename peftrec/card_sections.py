@@ -240,6 +240,8 @@ def effort(record: RunRecord) -> str:
             f"Trained parameters: {adapter['trainable_parameters']:,} ({share:.2%} of the base model's), "
             f"{adapter['bytes']:,} bytes."
         )
+    if start := adapter.get("started_from"):
+        words.append(f"Training started from the adapter {inline(start['name'])} (sha256 {start['sha256'][:16]}).")
     if quantized := record.model.get("quantization"):
         words.append(f"The base model was quantized while it trained: {inline(quantized)}.")
     return " ".join([*words, f"Seed {record.seed}. Measured on {record.created[:10]} (UTC)."])

@@ -32,12 +32,14 @@ class Item:
         item_id: its id, or None where nobody gave one.
         row: its row in the items table, or None where it is not there.
         given: what was said, word for word.
+        number: of its vectors where it stands in a question; 0 has none.
     """
 
     text: str
     item_id: Any
     row: int | None
     given: Any
+    number: int = 0
 
     @property
     def key(self) -> Any:
@@ -80,7 +82,7 @@ class Catalogue:
     Args:
         items: the items table, or None where there is none.
         template: an item as text, over the table's columns.
-        ids_matter: whether items of one text differ by their ids (they do where a prior is added).
+        ids_matter: whether items of one text differ by their ids (they do under a prior or side vectors).
 
     Raises:
         DataError: the template names a column that is not in the table.

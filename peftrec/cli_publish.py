@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def add_verbs(verbs: Verbs) -> None:
     """The verbs of this module, for the parser of the whole command."""
-    for add in (_add_card, _add_export, _add_push, _add_pull, _add_info, _add_list, _add_space):
+    for add in (_add_card, _add_export, _add_merge, _add_push, _add_pull, _add_info, _add_list, _add_space):
         add(verbs)
 
 
@@ -96,6 +96,46 @@ def _export(given: argparse.Namespace) -> None:
         f"{done.folder}: a model of {done.bytes / 1e6:,.1f} MB; in float32 its scores differ from the adapter's by at "
         f"most {done.difference:.1g}"
     )
+
+
+# --- merge ------------------------------------------------------------------------------------------------------------
+
+
+def _add_merge(verbs: Verbs) -> None:
+    verb = verbs.add_parser("merge", help="write several LoRA adapters of one base model as one adapter")
+    verb.add_argument("adapters", metavar="RUN_OR_ADAPTER", nargs="+", help="folders of runs or adapters, or Hub ids")
+    verb.add_argument("--output", metavar="FOLDER", required=True, help="folder to write, new or empty")
+    verb.add_argument(
+        "--kind",
+        choices=("svd", "cat", "linear", "ties", "dare_linear", "dare_ties"),
+        default="svd",
+        help="svd: the best adapter of one rank for the weighted sum (default); cat: the sum itself, with all ranks; "
+        "linear, ties, dare_linear, dare_ties: PEFT's ways on the factors",
+    )
+    verb.add_argument("--weights", metavar="W", nargs="+", type=float, help="one for each (default: alike, sum 1)")
+    verb.add_argument(
+        "--density", metavar="D", type=float, help="share of values that ties and dare keep (default: 0.5)"
+    )
+    verb.add_argument("--rank", metavar="R", type=int, help="of svd (default: the highest of the adapters)")
+    verb.add_argument("--base-model", metavar="MODEL", help="folder or Hub id to use as base model instead")
+    verb.add_argument("--seed", type=int, default=13, help="of what dare drops (default: 13)")
+    verb.set_defaults(verb=_merge)
+
+
+def _merge(given: argparse.Namespace) -> None:
+    from peftrec import merge
+
+    done = merge.merge(
+        given.adapters,
+        given.output,
+        weights=given.weights,
+        kind=given.kind,
+        density=given.density,
+        r=given.rank,
+        base_model=given.base_model,
+        seed=given.seed,
+    )
+    print(f"{done.folder}: an adapter of rank {done.r} from {len(given.adapters)}, trained on {', '.join(done.names)}")
 
 
 # --- push, pull, info, list -------------------------------------------------------------------------------------------

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from peftrec import cli_options
 from peftrec.errors import ConfigError
+from peftrec.imports import without_collection
 
 if TYPE_CHECKING:
     from peftrec.cli_options import Verbs
     from peftrec.config import Recipe
     from peftrec.recommender import Recommendation, Recommender
+    from peftrec.report import Comparison
+    from peftrec.retrieval_run import Retrieval
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -39,13 +42,23 @@ def _validate(given: argparse.Namespace) -> None:
     from peftrec import config
 
     recipe = config.load_recipe(given.config, given.overrides)
-    from peftrec import interactions, values
+    from peftrec import interactions, opponents, values
 
+    opponents.check(recipe)
     interactions.check(recipe.data, values.placeholders(recipe.prompt.item), recipe.task, config.of_users(recipe))
     if recipe.adapter.method == "other":  # the names are PEFT's, whose import takes seconds
         from peftrec import methods
 
         methods.check(recipe.adapter)
+    if recipe.side.used:
+        from peftrec import side_vectors
+
+        side_vectors.check(recipe.side)
+    if recipe.start.adapter is not None:
+        from peftrec import earlier
+
+        if earlier.is_local(recipe):
+            earlier.find(recipe)
     print(f"{given.config}: valid")
     for name, text in _summary(recipe):
         print(f"  {name:<8} {text}")
@@ -67,9 +80,16 @@ def _summary(recipe: Recipe) -> Iterator[tuple[str, str]]:
         settings = config.recipe_to_dict(recipe)["adapter"]
         method = settings.pop("method")
         yield "adapter", ", ".join([method, *(f"{name} {show(value)}" for name, value in settings.items())])
+        if recipe.start.adapter is not None:
+            yield "start", f"{recipe.start.adapter}{', below a new adapter' if recipe.start.stack else ''}"
         length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
         yield "train", f"{length}, learning rate {train.learning_rate:g} ({train.lr_scheduler_type})"
     yield "score", "model alone" if recipe.score.prior == "none" else f"model + {recipe.score.prior}"
+    if recipe.side.used:
+        yield (
+            "side",
+            ", ".join(f"{name} {show(value)}" for name, value in config.recipe_to_dict(recipe)["side"].items()),
+        )
     yield "eval", f"{recipe.eval.history} history, baselines: {', '.join(recipe.eval.baselines) or 'none'}"
     yield "output", recipe.output_dir
     if recipe.hub.push:
@@ -137,16 +157,17 @@ def _recommend(given: argparse.Namespace) -> None:
     if given.k < 1:
         raise ConfigError(f"--k: {given.k}; expected a whole number from 1")
     user = None if given.user is None else _person(given.user)
-    from peftrec.recommender import Recommender
+    with without_collection():
+        from peftrec.recommender import Recommender
 
-    recommender = Recommender.from_pretrained(
-        given.adapter,
-        revision=given.revision,
-        items=given.items,
-        columns=columns,
-        base_model=given.base_model,
-        prior=not given.no_prior,
-    )
+        recommender = Recommender.from_pretrained(
+            given.adapter,
+            revision=given.revision,
+            items=given.items,
+            columns=columns,
+            base_model=given.base_model,
+            prior=not given.no_prior,
+        )
     best = recommender.rank(given.history, given.candidates, k=given.k, user=user, shortlist=given.shortlist)
     show = _as_json if given.json else _as_text
     show(recommender, given.history, best)
@@ -248,11 +269,22 @@ def _score(given: argparse.Namespace) -> None:
 
 def _add_evaluate(verbs: Verbs) -> None:
     verb = verbs.add_parser(
-        "evaluate", help="compute every metric of a run again from its predictions; no model needed"
+        "evaluate", help="compute every metric of a run again from its predictions; or let it rank items (--ranking)"
     )
     verb.add_argument("run", metavar="RUN", help="folder of a finished run")
     verb.add_argument("--split", choices=("test", "valid"), default="test", help="rows to measure (default: test)")
     verb.add_argument("--bootstrap", type=int, metavar="N", help="resamples behind the intervals (default: the run's)")
+    verb.add_argument(
+        "--ranking",
+        type=int,
+        metavar="N",
+        help="instead: N users' held-out liked items, each to be found among 99 others and among all items",
+    )
+    verb.add_argument(
+        "--baselines", nargs="+", metavar="NAME", help="with --ranking: as in eval.baselines (default: the run's)"
+    )
+    verb.add_argument("--no-adapter", action="store_true", help="with --ranking: the baselines alone, no model needed")
+    verb.add_argument("--adapter-on-all", action="store_true", help="with --ranking: the adapter ranks all items, too")
     cli_options.add_json(verb)
     verb.set_defaults(verb=_evaluate)
 
@@ -260,10 +292,38 @@ def _add_evaluate(verbs: Verbs) -> None:
 def _evaluate(given: argparse.Namespace) -> None:
     if given.bootstrap is not None and given.bootstrap < 0:
         raise ConfigError(f"--bootstrap: {given.bootstrap}; expected a whole number from 0")
-    from peftrec import report
+    comparison: Retrieval | Comparison
+    if given.ranking is not None:
+        comparison = _ranking(given)
+    else:
+        for name in ("baselines", "no_adapter", "adapter_on_all"):
+            if getattr(given, name):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: does nothing without --ranking; add it, or leave it out"
+                )
+        from peftrec import report
 
-    comparison = report.compare_run(given.run, given.split, given.bootstrap)
+        comparison = report.compare_run(given.run, given.split, given.bootstrap)
     print(json.dumps(_no_nan(comparison.facts()), indent=2) if given.json else comparison.table())
+
+
+def _ranking(given: argparse.Namespace) -> Retrieval:
+    if given.ranking < 1:
+        raise ConfigError(f"--ranking: {given.ranking}; expected a number of users, from 1")
+    if given.no_adapter and given.adapter_on_all:
+        raise ConfigError("--adapter-on-all: the adapter does not rank under --no-adapter; leave out one of them")
+    if given.split != "test":
+        raise ConfigError(f"--split: {given.split}; --ranking asks for test items; leave it out")
+    from peftrec import retrieval_run
+
+    return retrieval_run.rank_run(
+        given.run,
+        given.ranking,
+        adapter=not given.no_adapter,
+        adapter_on_all=given.adapter_on_all,
+        baselines=given.baselines,
+        resamples=given.bootstrap,
+    )
 
 
 def _no_nan(value: Any) -> Any:

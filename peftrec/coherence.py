@@ -49,7 +49,7 @@ def idle(recipe: Any) -> dict[str, str]:
     cases = (
         (data.name, "data.name", "data.items data.users data.columns data.hub_revision"),
         (own_files, source, "data.hub_revision"),
-        (data.records, "data.records", "data.items data.users data.like_at data.rating_range"),
+        (data.records, "data.records", "data.items data.users data.items_where data.like_at data.rating_range"),
         (data.records, "data.records", "prompt.item prompt.user prompt.header prompt.history prompt.max_history"),
         (data.records, "data.records", "eval.user_groups"),
         (recipe.prompt.user is None and not recipe.eval.user_groups, "prompt.user", "data.users"),
@@ -74,13 +74,17 @@ def idle(recipe: Any) -> dict[str, str]:
             "adapter.encoder_num_layers",
         ),
         (method == "none", "adapter.method", _keys(recipe.train, "train.") + " eval.base_model"),
-        (method == "none", "adapter.method", _keys(recipe.card, "card.")),
+        (method == "none", "adapter.method", _keys(recipe.card, "card.") + " start.adapter"),
+        (recipe.start.adapter is None, "start.adapter", "start.revision start.stack"),
+        (recipe.task == "rating", "task", "train.pairwise"),
+        (layout == "pointwise", "prompt.layout", "train.pairwise"),
         (recipe.train.lr_scheduler_type == "constant", "train.lr_scheduler_type", "train.warmup_steps"),
         (recipe.score.head == "linear", "score.head", "score.loss"),
         (recipe.score.head != "tokens", "score.head", "eval.base_model"),
         (recipe.task == "rating" and recipe.prompt.history == "all", "prompt.history", "data.like_at"),
         (recipe.train.evals == 0, "train.evals", "train.early_stopping_patience train.metric_for_best_model"),
         (is_folder(hub.repo_id), "hub.repo_id", "hub.private hub.revision hub.create_pr hub.tag hub.commit_message"),
+        (not recipe.side.used, "side.als", "side.hidden_size side.dropout"),
         (not hub.push, "hub.push", _keys(hub, "hub.", but="hub.push")),
     )
     return {key: decider for applies, decider, keys in cases if applies for key in keys.split()}

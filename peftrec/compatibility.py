@@ -68,8 +68,20 @@ def _no_step_left(recipe: Any) -> bool:
     return bool(known or (adapter.tinit < 1 and adapter.tfinal < 1 and adapter.tinit + adapter.tfinal >= 1))
 
 
+def _forgets_its_training(recipe: Any) -> bool:
+    """Whether a saved adapter of this method lacks something that was trained with it, or is none."""
+    adapter = recipe.adapter
+    return adapter.method in ("adalora", "p_tuning", "full", "other") or (
+        adapter.method == "prefix" and bool(adapter.prefix_projection)
+    )
+
+
 def _quantized(recipe: Any) -> bool:
     return bool(recipe.model.load_in_4bit or recipe.model.load_in_8bit)
+
+
+def _side(key: str, applies: Callable[[Any], bool] = lambda recipe: True) -> Callable[[Any], bool]:
+    return lambda recipe: bool(getattr(recipe.side, key)) and applies(recipe)
 
 
 def _foreign_variant(method: str) -> Callable[[Any], bool]:
@@ -79,6 +91,30 @@ def _foreign_variant(method: str) -> Callable[[Any], bool]:
 def _of_type(name: str) -> Callable[[Any], bool]:
     return lambda recipe: _peft_type(recipe) == name
 
+
+SIDE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        ("data.records",),
+        lambda recipe: recipe.data.records is not None,
+        "ready-made prompts (data.records) have no items; leave it out",
+    ),
+    (
+        ("prompt.template", "prompt.layout"),
+        lambda recipe: recipe.prompt.layout == "pointwise" and recipe.prompt.template is not None,
+        "a template says nowhere where an event's vectors would stand; remove prompt.template, or leave this out",
+    ),
+    (
+        ("adapter.method",),
+        lambda recipe: recipe.adapter.method == "none",
+        "nothing is trained under adapter.method: none, and an untrained projector adds nothing; leave it out",
+    ),
+    (
+        ("adapter.method",),
+        lambda recipe: recipe.adapter.method == "full",
+        "adapter.method: full is saved as a model for anybody, which has no place for projectors; train an adapter",
+    ),
+)
+"""What side vectors of any source cannot stand with: the other keys, when, and why."""
 
 RULES = (
     *(
@@ -107,6 +143,29 @@ RULES = (
         ("model.load_in_4bit", "model.load_in_8bit"),
         lambda recipe: recipe.adapter.method == "full" and _quantized(recipe),
         "quantized weights cannot be trained; leave out model.load_in_4bit and load_in_8bit, or train an adapter",
+    ),
+    Rule(
+        "start.adapter",
+        ("adapter.method", "adapter.prefix_projection"),
+        lambda recipe: _forgets_its_training(recipe) and recipe.start.adapter is not None,
+        "what is saved under this adapter.method is not all that its training needs; take lora, bottleneck, prefix "
+        "without projection, prompt, ia3 or ln_tuning, or remove start",
+    ),
+    Rule(
+        "start.adapter",
+        ("adapter.variant", "adapter.method"),
+        lambda recipe: recipe.start.adapter is not None and recipe.adapter.variant in ("pissa", "loftq"),
+        "these variants start from the base weights; set adapter.variant: plain, or remove start",
+    ),
+    Rule(
+        "start.stack",
+        ("adapter.method", "adapter.variant"),
+        lambda recipe: (
+            recipe.start.stack
+            and (recipe.adapter.method != "lora" or recipe.adapter.variant not in (None, "plain", "rslora"))
+        ),
+        "only plain LoRA can stand on another one and be saved as one; set adapter.method: lora and adapter.variant: "
+        "plain or rslora, or leave it out",
     ),
     Rule(
         "score.head",
@@ -141,6 +200,18 @@ RULES = (
             and (recipe.adapter.method == "prefix" or _peft_type(recipe) == "PREFIX_TUNING")
         ),
         "a prefix lives in the cache, which is not kept for recomputing; set it to false, or use method: prompt",
+    ),
+    *(
+        Rule(f"side.{key}", others, _side(key, applies), text)
+        for key in ("als", "items", "users")
+        for others, applies, text in SIDE_RULES
+    ),
+    Rule(
+        "side.als",
+        ("train.order",),
+        _side("als", lambda recipe: recipe.train.order == "random"),
+        "a person's factors follow from what came before, and train.order: random has no before; set it to time, or "
+        "leave this out",
     ),
 )
 
@@ -199,6 +270,14 @@ LAUNCH_RULES = (
         "score.head",
         lambda recipe, launch: launch.engine == "deepspeed" and recipe.score.head != "tokens",
         "such a head computes in float32, where DeepSpeed has one type; set it to tokens, or launch without DeepSpeed",
+    ),
+    *(
+        LaunchRule(
+            f"side.{key}",
+            lambda recipe, launch, key=key: launch.engine != "plain" and bool(getattr(recipe.side, key)),  # type: ignore[misc]
+            "its projectors stand at the embeddings, which {engine} cuts into shards; launch with multi_gpu.yaml",
+        )
+        for key in ("als", "items", "users")
     ),
     LaunchRule(
         "adapter.method",

@@ -89,8 +89,17 @@ class Data:
         Annotated[list[float], Check("two numbers, lowest and highest", lambda r: len(r) == 2 and r[0] < r[1])] | None
     ) = None
     """Lowest and highest rating of the scale, both included; a rating outside is an error."""
+    items_where: dict[str, Annotated[list[Text], Check("at least one value", bool), Distinct]] = field(
+        default_factory=dict
+    )
+    """Keep the items of one domain: column of the items table -> the values that it may have, as in
+    `{genres: [Drama, War]}`. Of a cell that lists several, by commas or `|`, each must be among them: recipes whose
+    lists share no value have no item in common."""
     sample_users: Count | None = None
     """Keep this many users, drawn by the seed, with all their events; null keeps everybody."""
+    train_events: Count | None = None
+    """Learn from this many training events alone, the first ones of people drawn by the seed; the other training events
+    are as if nobody had recorded them. Null keeps all."""
     split: Split = field(default_factory=Split)
     """How rows become train, valid and test."""
 
@@ -217,6 +226,18 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Start:
+    """The adapter that training starts from; without one it starts from the base model."""
+
+    adapter: Text | None = None
+    """An earlier run or its adapter's folder, what `recipes/pretrain.py` or `peftrec merge` wrote, or a Hub id."""
+    revision: Text | None = None
+    """Commit, tag or branch on the Hub; null is the main branch."""
+    stack: bool = False
+    """Leave the earlier adapter as it is and train a new one on top of it (`lora`); both are saved as one."""
+
+
+@dataclass(frozen=True)
 class Score:
     """How the model's output becomes a score, and what it is trained to."""
 
@@ -228,6 +249,27 @@ class Score:
     prior: Literal["none", "bias", "mf"] = "none"
     """`bias`: the model learns what the closed-form user and item bias leaves over; `mf`: what matrix
     factorisation does."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """Vectors beside an event's text, which trained projectors turn into a soft token."""
+
+    als: bool = False
+    """What a factorisation of the training answers knows of the item and, by then, of the person."""
+    items: Text | Annotated[list[Text], Check("at least one file", bool), Distinct] | None = None
+    """A Parquet, safetensors or npz file, or several, with item_id and vector."""
+    users: Text | None = None
+    """Such a file with user_id and vector; the adapter keeps nobody's, and whoever asks gives it."""
+    hidden_size: Count = 64
+    """Width of a projector's hidden layer."""
+    dropout: Annotated[float, Check("a share from 0 to below 1", lambda x: 0 <= x < 1)] = 0.1
+    """Share of the events whose vectors are left out in training, so that the text is learned from too."""
+
+    @property
+    def used(self) -> bool:
+        """Whether there are any."""
+        return bool(self.als or self.items or self.users)
 
 
 @dataclass(frozen=True)
@@ -259,6 +301,9 @@ class Train:
     order: Literal["time", "random"] = "time"
     """A training event sees the events before it in time, or any others of its user in an order drawn by the seed: for
     random folds, where a row to predict knows later events too."""
+    pairwise: NotNegative = 0.0
+    """Weight of a second loss beside that of each event: a window's liked events should score above its others (clicks,
+    timeline). 0 leaves it out."""
     metric_for_best_model: Literal["loss", "auc", "uauc", "rmse", "mae"] = "loss"
     """Validation metric that chooses the checkpoint to keep."""
     logging_steps: Count = 10
@@ -288,10 +333,12 @@ class Eval:
     user_groups: Annotated[list[Text], Distinct] = field(default_factory=list)
     """Columns of the users table (age, gender) by which test rows are reported apart, too."""
     baselines: Annotated[
-        list[Literal["user_mean", "item_mean", "bias", "mf", "item_knn", "svd", "svdpp", "popularity"]], Distinct
+        list[Literal["user_mean", "item_mean", "bias", "mf", "item_knn", "svd", "svdpp", "gbdt", "popularity"]],
+        Distinct,
     ] = field(default_factory=lambda: ["item_mean", "bias", "popularity"])
     """Scorers reported beside the model. `user_mean` is for ratings, `mf` is matrix factorisation by alternating least
-    squares; `item_knn`, `svd` and `svdpp` need the extra: pip install 'peftrec[baselines]'."""
+    squares; `item_knn`, `svd`, `svdpp` and `gbdt` (boosted trees on counts and genres) need the extra: pip install
+    'peftrec[baselines]'."""
     base_model: bool = True
     """Also score the base model without the adapter."""
     max_valid_rows: Count | None = None
@@ -366,8 +413,12 @@ class Recipe:
     """Base model."""
     adapter: Adapter = field(default_factory=Adapter)
     """Trained parameters."""
+    start: Start = field(default_factory=Start)
+    """What training starts from."""
     score: Score = field(default_factory=Score)
     """Terms beside the model's own."""
+    side: Side = field(default_factory=Side)
+    """Vectors beside the text."""
     train: Train = field(default_factory=Train)
     """Optimisation."""
     eval: Eval = field(default_factory=Eval)
@@ -423,8 +474,9 @@ def parse_recipe(mapping: Mapping[str, Any], where: str) -> Recipe:
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Nested plain values that `parse_recipe` reads back, without the keys that do nothing in this recipe."""
-    # Where nothing is published that goes without saying.
+    # Where nothing is published, or nothing stands beside the text, that goes without saying.
     silent = {} if recipe.hub.push else {"hub.push": "hub.push"}
+    silent |= {} if recipe.side.als else {"side.als": "side.als"}
     return _plain(recipe, "", coherence.idle(recipe) | silent)
 
 

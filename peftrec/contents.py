@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from peftrec import artifact
+from peftrec import artifact, side_vectors
 from peftrec.errors import ModelError
 from peftrec.file_checks import CARD, CONFIG, WEIGHTS, check_file, check_size, front_matter, kind_of
 from peftrec.leaks import Watch
@@ -72,6 +72,7 @@ def check_files(folder: Path, files: Mapping[str, Path], watch: Watch | None, *,
         about = artifact.read(folder)
         if whole:
             artifact.read_prior(folder, about)
+            side_vectors.read(folder, about)
     except ModelError as error:
         return [*problems, str(error)]
     # A base model without a namespace is a folder of its author's, whose name on the Hub the card may know.

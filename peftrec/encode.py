@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from peftrec import config
+from peftrec import config, kept
 from peftrec.errors import DataError, ModelError
 from peftrec.interactions import drawn_order
 from peftrec.prompts import (
@@ -24,6 +26,7 @@ from peftrec.prompts import (
     user_texts,
     with_user,
 )
+from peftrec.side_vectors import MarkedWindows, OfRun
 from peftrec.split import Log
 from peftrec.timeline import (
     PromptWindows,
@@ -50,6 +53,7 @@ class Encoder:
         task: `click` or `rating`.
         shuffle: seed of a random order of each user's events in place of time, see config.Train.order.
         kind: of the base model; all but causal ones need the layout pointwise.
+        side: vectors beside the text, or None.
 
     Raises:
         DataError: the item template names a column that is not there, or answers do not go with the ratings.
@@ -66,8 +70,9 @@ class Encoder:
         task: Literal["click", "rating"] = "click",
         shuffle: int | None = None,
         kind: Kind = "causal",
+        side: OfRun | None = None,
     ) -> None:
-        self.log, self.prompt, self.ties, self._shuffle = log, prompt, ties, shuffle
+        self.log, self.prompt, self.ties, self._shuffle, self._side = log, prompt, ties, shuffle, side
         template = RECORD_TEMPLATE if prompt.template is None and log.prompts is not None else prompt.template
         # A template's prompt has no header, whose length would take room from the history.
         header = prompt.header if template is None else ""
@@ -82,24 +87,33 @@ class Encoder:
         if prompt.user is not None:
             assert log.users is not None, "interactions.load(…, with_users=…)"
             self._people = self.codec.written(user_texts(log.users, prompt.user), max_user_tokens(prompt.max_tokens))
-        self.questions = Pieces.of(self.codec.questions(self.texts, self.max_item_tokens) if self.texts else [])
+        self._key = _key(log, prompt, tokenizer, ties=ties, task=task, shuffle=shuffle, kind=kind)
+        items = kept.keep("items", self._key, self._items).arrays
+        self.questions = Pieces(items["flat"], items["start"])
 
     def train(self, prior: np.ndarray | None) -> WindowDataset:
         """Every training event once, with the earlier training events of its user in sight."""
-        sight = training_sight(self.log, liked_only=self._liked, ordered_ties=self._ordered, shuffle=self._shuffle)
-        return self._dataset(sight, prior, fill=False)
+
+        def sight() -> Sight:
+            return training_sight(self.log, liked_only=self._liked, ordered_ties=self._ordered, shuffle=self._shuffle)
+
+        return self._dataset(sight, prior, fill=False, rows=None)
 
     def evaluate(self, rows: np.ndarray, history: str, prior: np.ndarray | None) -> WindowDataset:
         """The rows `rows` (indices into the log), each knowing what `history` (streaming or frozen) lets it know."""
-        sight = evaluation_sight(
-            self.log,
-            rows,
-            streaming=history == "streaming",
-            liked_only=self._liked,
-            ordered_ties=self._ordered,
-            shuffle=self._shuffle,
-        )
-        return self._dataset(sight, prior, fill=True)
+
+        def sight() -> Sight:
+            return evaluation_sight(
+                self.log,
+                rows,
+                streaming=history == "streaming",
+                liked_only=self._liked,
+                ordered_ties=self._ordered,
+                shuffle=self._shuffle,
+            )
+
+        digest = hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()
+        return self._dataset(sight, prior, fill=True, rows=digest, history=history)
 
     def example(self) -> Question:
         """A short question as the prompt asks it; for prompt records the first one, whole."""
@@ -153,7 +167,34 @@ class Encoder:
     def _ordered(self) -> bool:
         return self.ties == "order"
 
-    def _dataset(self, sight: Sight, prior: np.ndarray | None, *, fill: bool) -> WindowDataset:
+    def _items(self) -> kept.Kept:
+        """Each item's tokens."""
+        pieces = Pieces.of(self.codec.questions(self.texts, self.max_item_tokens) if self.texts else [])
+        return kept.Kept({"flat": pieces.flat, "start": pieces.start})
+
+    def _dataset(
+        self, sight: Callable[[], Sight], prior: np.ndarray | None, *, fill: bool, **asked: str | None
+    ) -> WindowDataset:
+        """The windows of what `sight` gives, which is not called where windows of the same name were kept."""
+
+        def make() -> kept.Kept:
+            made = WindowDataset(self._windows(sight(), fill), self.log.label, None, self.prompt.max_tokens)
+            return kept.Kept(made.kept())
+
+        key = None if self._key is None else kept.key_of(encoder=self._key, fill=fill, asked=asked)
+        arrays = kept.keep("windows", key, make).arrays
+        rows = Pieces(arrays["packed"], arrays["packed_start"])
+        return WindowDataset(self._of(arrays, fill), self.log.label, prior, self.prompt.max_tokens, rows)
+
+    def _of(self, arrays: Mapping[str, np.ndarray], fill: bool) -> TimelineWindows | PromptWindows:
+        if "spans" in arrays:
+            windows = TimelineWindows.of(arrays, self.log, self.codec, self.questions)
+            if self._side is None:
+                return windows
+            return MarkedWindows(windows, self._side.evaluation if fill else self._side.training)
+        return (TextWindows if isinstance(self.codec, WholeText) else PromptWindows).of(arrays)
+
+    def _windows(self, sight: Sight, fill: bool) -> TimelineWindows | PromptWindows:
         prompt = self.prompt
         windows: TimelineWindows | PromptWindows
         if self.log.prompts is not None:
@@ -179,7 +220,7 @@ class Encoder:
             )
             if self.template is not None:
                 windows = self._templated(windows)
-        return WindowDataset(windows, self.log.label, prior, prompt.max_tokens)
+        return windows
 
     def _records(self, rows: np.ndarray) -> list[dict[str, str]]:
         assert self.log.prompts is not None
@@ -216,10 +257,26 @@ class Encoder:
         return f"{self.texts[int(self.log.item[row])]}{ANSWER_MARK}{answer}{self.codec.line_end_text}"
 
 
+def _key(log: Log, prompt: config.Prompt, tokenizer: Any, **settings: Any) -> str | None:
+    """A hash of all that windows are made of besides what is asked for; None where it cannot be known."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if log.key is None or fast is None:
+        return None
+    return kept.key_of(
+        log=log.key,
+        prompt=dataclasses.asdict(prompt),
+        tokenizer=hashlib.sha256(fast.to_str().encode()).hexdigest(),
+        special=repr((type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template)),
+        settings=settings,
+    )
+
+
 def prompt_windows(codec: Texts, rows: np.ndarray, ids: Sequence[list[int]]) -> PromptWindows:
     """Prompts as a model reads them that goes with `codec`: see `PromptWindows` and `TextWindows`."""
     if isinstance(codec, WholeText):
-        return TextWindows(rows, ids, [codec.types(one) for one in ids])
+        types = [codec.types(one) for one in ids]
+        told = [one for one in types if one is not None]
+        return TextWindows(rows, ids, told if len(told) == len(types) and told else None)
     return PromptWindows(rows, ids)
 
 

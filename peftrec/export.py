@@ -97,9 +97,10 @@ def merged(
     """
     adapter = loading.find(adapter)
     about = artifact.read(adapter)
+    _check_side(adapter, about)
     if dtype not in backbone.DTYPES:
         raise ModelError(f"dtype: {dtype!r}; expected one of {', '.join(backbone.DTYPES)}")
-    with _written(output) as folder:
+    with written(output) as folder:
         loaded = loading.load_base(about, adapter, base_model=base_model, dtype="float32")
         if quantized.layers(loaded.model) or getattr(loaded.model.config, "quantization_config", None) is not None:
             raise ModelError(
@@ -147,6 +148,7 @@ def for_vllm(adapter: str | Path, output: str | Path) -> ForVllm:
     """
     adapter = loading.find(adapter)
     about = artifact.read(adapter)
+    _check_side(adapter, about)
     found = _lora_config(adapter)
     problems = [f"{name} is {found[name]!r}" for name in VLLM_REFUSED if found.get(name)]
     if found.get("bias", "none") != "none":
@@ -164,14 +166,21 @@ def for_vllm(adapter: str | Path, output: str | Path) -> ForVllm:
             f"{adapter}: {problems[0]}; vLLM takes plain LoRA of one rank up to {VLLM_RANKS[-1]} on linear layers of "
             "causal models; export it as merged"
         )
-    with _written(output) as folder:
+    with written(output) as folder:
         _copy(adapter, folder, (adapters.CONFIG, adapters.WEIGHTS, artifact.FILE, artifact.PRIOR_FILE))
     least = next(allowed for allowed in VLLM_RANKS if allowed >= int(rank or 0))
     return ForVllm(Path(output), about.base_model.hub_id, least)
 
 
+def _check_side(adapter: Path, about: artifact.Artifact) -> None:
+    if about.side:
+        raise ModelError(
+            f"{adapter}: side vectors, which only peftrec can add; serve it with peftrec, or train without side"
+        )
+
+
 @contextmanager
-def _written(output: str | Path) -> Iterator[Path]:
+def written(output: str | Path) -> Iterator[Path]:
     """A scratch folder that becomes `output` when the block ends well, and vanishes when it does not."""
     target = Path(output)
     if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):

@@ -133,6 +133,14 @@ def from_earlier(
     Returns:
         Values of the wanted rows, in their order.
     """
+    told: Floats = np.sum(design[wanted] * solved_earlier(design, value, known, wanted, penalty), axis=1)
+    return told
+
+
+def solved_earlier(
+    design: Floats, value: Floats, known: npt.NDArray[np.int64], wanted: npt.NDArray[np.bool_], penalty: Floats
+) -> Floats:
+    """The ridge fit of the rows before each row, (wanted rows, d); arguments as of `from_earlier`."""
     moments, of_row = np.unique(known[wanted], return_inverse=True)
     solutions = np.empty((len(moments), design.shape[1]))
     gram: Floats = np.diag(penalty)
@@ -146,8 +154,7 @@ def from_earlier(
         at = moments[here] - start
         solutions[here] = np.linalg.solve(grams[at], products[at][:, :, None])[:, :, 0]
         gram, product = grams[-1], products[-1]
-    told: Floats = np.sum(design[wanted] * solutions[of_row], axis=1)
-    return told
+    return solutions[of_row]
 
 
 def _running(first: Floats, terms: Floats) -> Floats:

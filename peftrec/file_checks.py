@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import yaml
 
-from peftrec import artifact
+from peftrec import artifact, side_vectors
 from peftrec.leaks import Watch, in_texts, in_values
 from peftrec.patterns import count_ways
 from peftrec.schema import show
@@ -43,6 +43,7 @@ OURS: Final = (
     CARD,
     artifact.FILE,
     artifact.PRIOR_FILE,
+    side_vectors.FILE,
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
@@ -87,7 +88,7 @@ def kind_of(path: str) -> Kind | None:
         return "picture"
     if folder:
         return None
-    if name in WEIGHTS:
+    if name in (*WEIGHTS, side_vectors.FILE):
         return "weights"
     if name in TOKENIZER:
         return "tokenizer"
@@ -119,7 +120,9 @@ def check_file(path: str, file: Path, watch: Watch | None) -> list[str]:
     if too_large := check_size(path, file.stat().st_size):
         return [too_large]
     if kind == "weights":
-        return _check_weights(path, file)
+        problems = _check_weights(path, file)
+        ids = side_vectors.ids_in(file) if path == side_vectors.FILE and not problems else []
+        return problems + _check_leaks(path, ids, watch)
     if kind == "picture":
         with file.open("rb") as opened:
             found = opened.read(8)

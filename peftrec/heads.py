@@ -4,8 +4,10 @@
 several prompts: the mask, 0 where a token may look, keeps them apart, and positions begin anew with each.
 
 * causal: the head at every token;
-* encoder: the head of transformers' ForSequenceClassification, which reads a prompt's first token;
-* seq2seq: the decoder's first step; each token of a prompt has its prompt's logits.
+* encoder: the head of transformers' ForSequenceClassification;
+* seq2seq: the decoder's first step.
+
+The two latter get each prompt as a row of its own, padded, and each token of a prompt has its prompt's logits.
 
 Called with a usual mask of two dimensions such a model is what transformers made it: plain PEFT and the
 `text-classification` pipeline give the scores that we give.
@@ -27,9 +29,6 @@ WORDS: dict[Kind, str] = {
     "encoder": "an encoder",
     "seq2seq": "an encoder-decoder model",
 }
-
-PACKED = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-"""Encoders that take several prompts in one row; others get each prompt in a row of its own."""
 
 
 def kind_of(shape: Any) -> Kind:
@@ -61,6 +60,8 @@ def check(kind: Kind, recipe: config.Recipe) -> None:
         problems.append(
             f"adapter.method: {method}; {name} is {what}, and virtual tokens are for causal models; set another method"
         )
+    if recipe.side.used:
+        problems.append(f"side: {name} is {what}, which reads texts as a whole; set a causal model, or leave side out")
     if problems:
         raise ConfigError(*problems)
 
@@ -111,8 +112,7 @@ def prepare(model: Any, kind: Kind, head: str, absent: set[str]) -> Any:
         )
     if kind == "causal" and head == "tokens":
         return model
-    packed = kind == "causal" or (kind == "encoder" and model.config.model_type in PACKED)
-    ours = EveryPosition if packed else OnePromptEach
+    ours = EveryPosition if kind == "causal" else OnePromptEach
     # A class of its own, and not a wrapper: PEFT, DDP and FSDP look for the model's modules and name under this one.
     model.__class__ = type(type(model).__name__, (ours, type(model)), {})
     return model
@@ -180,7 +180,7 @@ def _widen(part: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Ten
 
 
 class EveryPosition(nn.Module):
-    """Mixed into a ForSequenceClassification: under a mask of four dimensions the head stands at every position."""
+    """Mixed into a causal ForSequenceClassification: under a mask of four dimensions the head is at every position."""
 
     def forward(
         self,
@@ -201,35 +201,18 @@ class EveryPosition(nn.Module):
         if attention_mask is None or attention_mask.dim() != 4:
             return super().forward(position_ids=position_ids, labels=labels, **kwargs)
         model: Any = self
-        trunk = model.base_model
-        if position_ids is not None:
-            position_ids = position_ids + first_position(model)
-        found = trunk(position_ids=position_ids, **{**kwargs, "return_dict": True})
+        found = model.base_model(position_ids=position_ids, **{**kwargs, "return_dict": True})
         return SequenceClassifierOutputWithPast(
-            logits=_logits(model, found.last_hidden_state), past_key_values=getattr(found, "past_key_values", None)
+            logits=model.score(found.last_hidden_state), past_key_values=getattr(found, "past_key_values", None)
         )
 
 
-def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Hidden states (B, T, H) through the model's own head at each position, (B, T, K)."""
-    if hasattr(model, "score"):  # decoders
-        logits: torch.Tensor = model.score(hidden)
-        return logits
-    # An encoder's head takes whole prompts and reads their first token: here each token is a prompt of its own.
-    each = hidden.flatten(0, 1)[:, None]
-    pooler = getattr(model.base_model, "pooler", None)
-    logits = model.classifier(each if pooler is None else model.dropout(pooler(each)))
-    return logits.reshape(*hidden.shape[:2], -1)
-
-
-def first_position(model: Any) -> int:
-    """Position of a prompt's first token: 0, or the one behind the padding token's where the model has one for that."""
-    padding = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
-    return 0 if padding is None else padding + 1
-
-
 class OnePromptEach(nn.Module):
-    """Mixed into a model that cannot keep the prompts of a row apart: it gets each as a row of its own, padded."""
+    """Mixed into a model whose tokens see those behind them: it gets each prompt of a row as a row of its own, padded.
+
+    Rows hold prompts of similar length (`timeline.alike`), so that little is padding; and attention among the prompts
+    of a packed row, computed and then masked, costs more than that.
+    """
 
     def forward(
         self,

@@ -1,13 +1,16 @@
-"""Do something as soon as another package has been imported, without importing it."""
+"""Do something around another package's import, or as soon as it has ended, without importing it."""
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, wraps
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from threading import local
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 
@@ -24,11 +27,71 @@ def after_import(package: str, action: Callable[[], None]) -> None:
         watcher.fire()
 
 
+def around_import(package: str, manager: Callable[[], AbstractContextManager[None]]) -> None:
+    """Let whoever imports `package` first do so within `manager()`; where it has been imported, nothing happens."""
+    if package not in sys.modules:
+        sys.meta_path.insert(0, _Watcher(package, lambda: None, manager))
+
+
+@contextmanager
+def compile_later() -> Iterator[None]:
+    """In this block `torch.compile` only notes functions, and compiles them when they are called.
+
+    bitsandbytes compiles its 8-bit optimizers' steps when it is imported, and PEFT imports it: a second for what few
+    ever call.
+    """
+    import torch
+
+    now = torch.compile
+
+    def later(function: Any = None, **settings: Any) -> Any:
+        if function is None:
+            return partial(later, **settings)
+        if not isinstance(function, FunctionType):
+            return now(function, **settings)
+        made: list[Callable[..., Any]] = []
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not made:
+                made.append(now(function, **settings))
+            return made[0](*args, **kwargs)
+
+        return call
+
+    torch.compile = later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = now
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """In this block Python's garbage collector rests, and later leaves alone what the block has made.
+
+    For what is loaded once and stays: the collector would look through thousands of new modules again and again.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class _Watcher:
     """A finder that leaves the finding to the others and follows what they find."""
 
-    def __init__(self, package: str, action: Callable[[], None]) -> None:
-        self._package, self._action = package, action
+    def __init__(
+        self,
+        package: str,
+        action: Callable[[], None],
+        manager: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._package, self._action, self._manager = package, action, manager
         self._asking = local()
 
     def find_spec(
@@ -44,7 +107,7 @@ class _Watcher:
         finally:
             self._asking.now = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.fire)  # type: ignore[assignment]
+            spec.loader = _Loader(spec.loader, self.fire, self._manager)  # type: ignore[assignment]
         return spec
 
     def fire(self) -> None:
@@ -58,8 +121,10 @@ class _Watcher:
 class _Loader:
     """The package's own loader in everything, except that a call follows once the package has run."""
 
-    def __init__(self, loader: Any, then: Callable[[], None]) -> None:
-        self._loader, self._then = loader, then
+    def __init__(
+        self, loader: Any, then: Callable[[], None], manager: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._loader, self._then, self._manager = loader, then, manager
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -68,5 +133,6 @@ class _Loader:
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
+        with self._manager():
+            self._loader.exec_module(module)
         self._then()

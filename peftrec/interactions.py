@@ -20,6 +20,7 @@ from peftrec import tables
 from peftrec.config import Data
 from peftrec.datasets import DATASETS
 from peftrec.errors import DataError
+from peftrec.schema import nearest
 
 NEEDS_TIME = ("temporal", "leave_last_out")
 """Kinds of split that cannot do without timestamps."""
@@ -84,6 +85,7 @@ def load(data: Data, seed: int, task: Task = "click", *, with_users: Mapping[str
     else:
         name, events, items = _named(data, task, warnings) if data.name else _files(data, task, warnings)
         events, items = _join_items(events, items, name, warnings)
+        events, items = _where(events, items, data.items_where, name)
     events, user_ids = _code_users(events)
     if data.records is None:
         events = _drop_repeats(events, name, warnings)
@@ -216,6 +218,8 @@ def _looks(
         yield data.interactions, lambda source: _first_event(source, data, task)
     if data.items:
         yield data.items, lambda source: _check_shown(source, data, ITEMS, dict.fromkeys(shown, "prompt.item"))
+        if data.items_where:
+            yield data.items, lambda source: _check_where(source, data)
     if data.users:
         yield data.users, lambda source: _check_shown(source, data, USERS, of_users)
     files = data.records.values() if isinstance(data.records, dict) else filter(None, [data.records])
@@ -228,6 +232,12 @@ def _first_event(where: str, data: Data, task: Task) -> pl.DataFrame:
     first = tables.scan(where).head(1)
     raw = _select(first, where, data.columns, data, task, with_title=data.items is None, warnings=[])
     return _parse(raw, where, data.like_at, None, task)
+
+
+def _check_where(source: str, data: Data) -> None:
+    _, names, kept = _side_names(source, data.columns, ITEMS)
+    for column in data.items_where:
+        _check_column(column, [*names, *kept], source)
 
 
 def _check_shown(source: str, data: Data, required: Sequence[str], shown: Mapping[str, str]) -> None:
@@ -489,6 +499,38 @@ def _join_items(
         warnings.append(f"{where}: {count} rows of unknown items (such as {example!r}) dropped")
         joined = joined.filter(~unknown)
     return joined.drop("item_id"), items
+
+
+def _where(
+    events: pl.DataFrame, items: pl.DataFrame, wanted: Mapping[str, Sequence[str]], where: str
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The items of which each column of `wanted` says nothing but its values, and their events."""
+    kept = np.ones(items.height, dtype=bool)
+    for column, values in wanted.items():
+        _check_column(column, items.columns, "the items table")
+        parts = items[column].cast(pl.String).str.replace_all("|", ",", literal=True).str.split(",")
+        parts = parts.list.eval(pl.element().str.strip_chars())
+        there = parts.explode().unique().drop_nulls().sort()
+        if unknown := [value for value in values if value not in there]:
+            near = nearest(unknown[0], there.to_list())
+            found = ", ".join(there.head(20).to_list())
+            todo = f"did you mean {near}?" if near else "use some of them"
+            raise DataError(f"data.items_where.{column}: no item is {unknown[0]!r}; found {found}; {todo}")
+        kept &= parts.list.eval(pl.element().is_in(list(values))).list.all().fill_null(False).to_numpy()
+    if kept.all():
+        return events, items
+    code = np.where(kept, np.cumsum(kept) - 1, -1).astype(np.int32)
+    events = events.with_columns(item=pl.Series(code[events["item"].to_numpy()])).filter(pl.col("item") >= 0)
+    if events.is_empty():
+        raise DataError(f"data.items_where: no event of {where} is on an item that has all of it; name more values")
+    return events, items.filter(pl.Series(kept))
+
+
+def _check_column(column: str, found: Sequence[str], where: str) -> None:
+    if column not in found:
+        near = tables.nearest_column(column, list(found))
+        todo = f"did you mean {near}?" if near else "use one of them"
+        raise DataError(f"data.items_where: no column '{column}' in {where} ({', '.join(found)}); {todo}")
 
 
 def _code_users(events: pl.DataFrame) -> tuple[pl.DataFrame, pl.Series]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from peftrec import artifact, backbone, scorer, values, virtual_tokens
+from peftrec import artifact, backbone, scorer, side, side_vectors, values, virtual_tokens
 from peftrec.catalogue import Catalogue, Item, read_history, read_ratings
 from peftrec.encode import max_user_tokens, new_codec, prompt_windows, record_ids, templated_ids
 from peftrec.errors import DataError, ModelError
@@ -19,6 +19,7 @@ from peftrec.metrics import chances
 from peftrec.opponents import SavedPrior
 from peftrec.prompts import ANSWER_MARK, Codec, Pieces, user_texts, with_user
 from peftrec.rating_baselines import RatingPrior
+from peftrec.side_vectors import BITS, Asked, Sources, Table
 from peftrec.target import Target
 from peftrec.timeline import WindowDataset
 
@@ -44,11 +45,13 @@ class Question:
         events: oldest first.
         candidates: what is to be scored; of an adapter of ready-made prompts, `given` is the record.
         user: the person's text.
+        vector: the person's vector, or None.
     """
 
     events: Sequence[Event]
     candidates: Sequence[Item]
     user: str = ""
+    vector: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class LoadedAdapter:
         tokenizer: the base model's.
         items: the items table, or None.
         prior: what is added to the model's score, or None.
+        sources: side vectors, whose projectors the model has, or None.
 
     Raises:
         ModelError: the tokenizer gives the answers other ids than the adapter was trained with, or the prompt is longer
@@ -87,9 +91,15 @@ class LoadedAdapter:
     """
 
     def __init__(
-        self, about: artifact.Artifact, model: Any, tokenizer: Any, items: Any, prior: SavedPrior | None
+        self,
+        about: artifact.Artifact,
+        model: Any,
+        tokenizer: Any,
+        items: Any,
+        prior: SavedPrior | None,
+        sources: Sources | None = None,
     ) -> None:
-        self.artifact, self.model, self.prior = about, model, prior
+        self.artifact, self.model, self.prior, self.sources = about, model, prior, sources or {}
         self.prompt = about.prompt
         self.target = target_of(about)
         backbone.check_window(model, self.prompt.max_tokens, virtual_tokens.count(model))
@@ -100,7 +110,7 @@ class LoadedAdapter:
                 f"{tokenizer.bos_token!r}; the adapter was trained with {self.prompt.answer_ids} behind "
                 f"{self.prompt.bos!r}; load it on the base model that it names, {about.base_model.hub_id}"
             )
-        self.catalogue = Catalogue(items, self.prompt.item, ids_matter=prior is not None)
+        self.catalogue = Catalogue(items, self.prompt.item, ids_matter=prior is not None or bool(sources))
 
     # --- what is asked ------------------------------------------------------------------------------------------------
 
@@ -139,6 +149,8 @@ class LoadedAdapter:
         events = self.events(history)
         seen = {event.item.key for event in events} if unseen else set()
         found = [item for item in self._items(candidates) if item.key not in seen]
+        if "users" in self.sources:
+            return Question(events, found, vector=_vector(user))
         return Question(events, found, self._about(user))
 
     def _items(self, candidates: Sequence[Any] | None) -> list[Item]:
@@ -221,10 +233,7 @@ class LoadedAdapter:
 
     def probe_scores(self) -> Floats:
         """What is answered to the artifact's own probes, without the prior, (number of probes,)."""
-        questions = [
-            Question([Event(_as_read(text), answer) for text, answer in probe.history], [_as_read(probe.candidate)])
-            for probe in self.artifact.probes
-        ]
+        questions = [_asked_again(probe) for probe in self.artifact.probes]
         questions += [self.question([], [one.record]) for one in self.artifact.record_probes]
         found = [self.target.measure(outputs)[0] for outputs in self._outputs(questions)]
         return np.concatenate([np.zeros(0), *found])
@@ -245,13 +254,31 @@ class LoadedAdapter:
 
     def _outputs(self, questions: Sequence[Question]) -> list[Outputs]:
         if self.prompt.template is None:
+            questions, table = self._numbered(questions)
             histories = [self._history(one) for one in questions]
-            pieces = [Pieces.of(self._tokens([item.text for item in one.candidates])) for one in questions]
-            return scorer.score_requests(self.model, histories, pieces)
+            pieces = [Pieces.of(self._lines(one.candidates)) for one in questions]
+            with side.asked(table):
+                return scorer.score_requests(self.model, histories, pieces)
         prompts = [self._prompts(one) for one in questions]
         ends = np.cumsum([0, *(len(one) for one in prompts)]).tolist()
         outputs = self._read([ids for one in prompts for ids in one])
         return [outputs[begin:end] for begin, end in pairwise(ends)]
+
+    def _numbered(self, questions: Sequence[Question]) -> tuple[Sequence[Question], Table | None]:
+        """The questions with the numbers of their side vectors, and these."""
+        if not self.sources:
+            return questions, None
+        asked = [
+            Asked(
+                [event.item.item_id for event in one.events],
+                [event.label for event in one.events],
+                [item.item_id for item in one.candidates],
+                one.vector,
+            )
+            for one in questions
+        ]
+        table, numbers = side_vectors.number(self.sources, asked)
+        return [_with_numbers(one, own.tolist()) for one, own in zip(questions, numbers, strict=True)], table
 
     def _shown(self, events: Sequence[Event]) -> list[Event]:
         shown = [event for event in events if self.prompt.history == "all" or self._liked(event)]
@@ -266,7 +293,7 @@ class LoadedAdapter:
         """Header and as many of the newest events as fit, as token ids."""
         assert isinstance(self.codec, Codec)
         shown = self._shown(question.events)
-        asked = self._tokens([event.item.text for event in shown])
+        asked = self._lines([event.item for event in shown])
         lines = [[*ids, *self.codec.tail(event.label)] for ids, event in zip(asked, shown, strict=True)]
         # Room for the longest candidate that could be: what one candidate sees must not depend on the others.
         room = self.prompt.max_tokens - len(self.codec.header) - self.prompt.max_item_tokens - len(self.codec.tail(0))
@@ -301,6 +328,11 @@ class LoadedAdapter:
     def _written(self, texts: Sequence[str]) -> list[str]:
         return self.codec.written(texts, self.prompt.max_item_tokens) if texts else []
 
+    def _lines(self, items: Sequence[Item]) -> list[list[int]]:
+        """Token ids of items' questions, with the numbers of their side vectors."""
+        asked = self._tokens([item.text for item in items])
+        return [[*ids[:-1], ids[-1] + (item.number << BITS)] for ids, item in zip(asked, items, strict=True)]
+
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return self.codec.questions(texts, self.prompt.max_item_tokens) if texts else []
 
@@ -333,6 +365,34 @@ def _prior_id(item: Item) -> Any:
     return UNKNOWN if item.item_id is None else item.item_id
 
 
-def _as_read(text: str) -> Item:
+def _as_read(text: str, item_id: str | None = None) -> Item:
     """The item of a text that is word for word what the model reads."""
-    return Item(text, None, None, text)
+    return Item(text, item_id, None, text)
+
+
+def _asked_again(probe: artifact.Probe) -> Question:
+    ids = probe.items or [None] * (len(probe.history) + 1)
+    met = [Event(_as_read(text, one), answer) for (text, answer), one in zip(probe.history, ids[:-1], strict=True)]
+    return Question(met, [_as_read(probe.candidate, ids[-1])])
+
+
+def _with_numbers(question: Question, numbers: Sequence[int]) -> Question:
+    count = len(question.events)
+    return replace(
+        question,
+        events=[
+            replace(event, item=replace(event.item, number=one))
+            for event, one in zip(question.events, numbers[:count], strict=True)
+        ],
+        candidates=[replace(item, number=one) for item, one in zip(question.candidates, numbers[count:], strict=True)],
+    )
+
+
+def _vector(user: Any) -> Sequence[float] | None:
+    """The person's vector in what was given of the person."""
+    if user is None:
+        return None
+    if not isinstance(user, Mapping) or "vector" not in user:
+        raise DataError(f"user: {user!r}; this adapter knows people by a vector; expected {{'vector': [numbers]}}")
+    found: Sequence[float] = user["vector"]
+    return found

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from peftrec import adapters, artifact, backbone, config, heads, hub, quantized, scorer, values
+from peftrec import adapters, artifact, backbone, config, heads, hub, quantized, scorer, side, values
 from peftrec.backbone import Backbone
 from peftrec.catalogue import read_items
 from peftrec.datasets import DATASETS
 from peftrec.errors import ConfigError, HubError, ModelError
 from peftrec.loaded_adapter import LoadedAdapter, target_of
 from peftrec.schema import read_yaml
+from peftrec.side_vectors import Sources
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -179,13 +180,14 @@ def difference_of_scores(adapter: LoadedAdapter) -> str:
 # --- an adapter on it -------------------------------------------------------------------------------------------------
 
 
-def put_on(base: Backbone, folder: Path, about: artifact.Artifact) -> Any:
+def put_on(base: Backbone, folder: Path, about: artifact.Artifact, sources: Sources | None = None) -> Any:
     """The model that `about` describes; the base model itself stays as it is, unless the adapter is a whole model.
 
     Args:
         base: from `load_base`, for this adapter or for another one.
         folder: the adapter's.
         about: its `peftrec.json`.
+        sources: its side vectors.
 
     Raises:
         ModelError: the adapter does not fit the base model.
@@ -204,7 +206,10 @@ def put_on(base: Backbone, folder: Path, about: artifact.Artifact) -> Any:
         model = share(base.model)
         if target.head != "tokens":
             heads.resize(model, target.outputs)
-    return adapters.load(scorer.with_head(model, target.head, about.prompt.answer_ids), folder)
+    model = adapters.load(scorer.with_head(model, target.head, about.prompt.answer_ids), folder)
+    if sources:
+        side.load(model, folder, sources)
+    return model
 
 
 def share(model: Any) -> Any:

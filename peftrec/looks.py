@@ -25,6 +25,7 @@ LABELS = {
     "item_knn": "item k-NN",
     "svd": "SVD",
     "svdpp": "SVD++",
+    "gbdt": "boosted trees",
     "global_mean": "global mean",
 }
 """What people read for a scorer's name; other names are shown as they are."""

@@ -6,11 +6,14 @@ model. Here the same sum is taken apart as W x + s (B A - B0 A0) x, which is a L
 second half is fixed. So the base model keeps its weights to the last bit, and what is saved is plain LoRA on these.
 
 LoftQ (Li et al. 2023, arXiv:2310.08659, one iteration) starts from the best low-rank approximation of what 4 bits lost.
+
+An adapter on top of an earlier one is the same sum with the earlier update as the fixed part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,29 +26,30 @@ SWEEPS = 16  # power iterations of the randomized decomposition; PiSSA's own fas
 
 
 class Stacked(nn.Module):
-    """One factor of the update: the trained matrix, and its value at the start beside it.
+    """One factor of the update: the trained matrix, and a fixed one beside it.
 
     Args:
-        start: A0 (r, in) or B0 (out, r).
+        start: where the trained one begins, (r, in) or (out, r).
+        first: the fixed one, (q, in) or (out, q).
         dim: along which the rank runs, 0 of A and 1 of B.
-        sign: of the fixed half.
+        factor: of the fixed one.
     """
 
     first: torch.Tensor
 
-    def __init__(self, start: torch.Tensor, dim: int, sign: float) -> None:
+    def __init__(self, start: torch.Tensor, first: torch.Tensor, dim: int, factor: float = 1.0) -> None:
         super().__init__()
-        self.dim, self.sign = dim, sign
+        self.dim, self.factor = dim, factor
         self.trained = nn.Parameter(start.clone())
-        self.register_buffer("first", start.clone())
+        self.register_buffer("first", first.clone())
 
     @property
     def weight(self) -> torch.Tensor:
-        """Both halves, (2r, in) or (out, 2r)."""
-        return torch.cat((self.trained, self.sign * self.first), dim=self.dim)
+        """Both parts, (r + q, in) or (out, r + q)."""
+        return torch.cat((self.trained, self.factor * self.first), dim=self.dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., 2r), or (..., 2r) -> (..., out)."""
+        """(..., in) -> (..., r + q), or (..., r + q) -> (..., out)."""
         return F.linear(x, self.weight)
 
 
@@ -57,8 +61,26 @@ def from_principal_part(attached: Any) -> None:
     """
     for name, layer, weight in _layers(attached):
         up, down = _factors(weight, name, layer)
-        layer.lora_A["default"] = Stacked(down, 0, 1.0)
-        layer.lora_B["default"] = Stacked(up, 1, -1.0)
+        layer.lora_A["default"] = Stacked(down, down, 0)
+        layer.lora_B["default"] = Stacked(up, up, 1, -1.0)
+
+
+def on_top_of(attached: Any, earlier: Mapping[str, torch.Tensor], scaling: float) -> None:
+    """Put a fresh LoRA model on top of an earlier one that stays as it is, in place: W x + s B A x + s1 B1 A1 x.
+
+    Args:
+        attached: the LoRA model.
+        earlier: the state dict of the earlier adapter, as PEFT saves it, on the same layers.
+        scaling: s1, by which its update is multiplied.
+    """
+    for name, layer, weight in _layers(attached):
+        fixed = {
+            part: earlier[f"base_model.model.{name}.lora_{part}.weight"].to(weight.device, torch.float32)
+            for part in "AB"
+        }
+        own = {part: getattr(layer, f"lora_{part}")["default"].weight.detach() for part in "AB"}
+        layer.lora_A["default"] = Stacked(own["A"], fixed["A"], 0)
+        layer.lora_B["default"] = Stacked(own["B"], fixed["B"], 1, scaling / layer.scaling["default"])
 
 
 def from_quantization_error(attached: Any, original: Any) -> None:
@@ -112,14 +134,14 @@ def _factors(matrix: torch.Tensor, name: str, layer: Any) -> tuple[torch.Tensor,
 
 
 def fixed_halves(model: Any) -> dict[str, torch.Tensor]:
-    """Where a PiSSA model's trained matrices started, by name; empty for any other model."""
+    """The fixed matrices beside the trained ones, by name; empty for most models."""
     return {
         f"{name}.first": module.first.detach() for name, module in model.named_modules() if isinstance(module, Stacked)
     }
 
 
 def plain_lora(model: Any, config: Any, state: dict[str, torch.Tensor]) -> None:
-    """Rewrite PEFT's config and state dict of a PiSSA model, in place, as what they are to anyone else: plain LoRA."""
+    """Rewrite PEFT's config and state dict of a model with `Stacked` parts, in place, as what it is: plain LoRA."""
     stacked = {name: module for name, module in model.named_modules() if isinstance(module, Stacked)}
     for name, module in stacked.items():
         key = name.removesuffix(".default")
@@ -127,4 +149,12 @@ def plain_lora(model: Any, config: Any, state: dict[str, torch.Tensor]) -> None:
             del state[f"{key}.{part}"]
         state[f"{key}.weight"] = module.weight.detach()
     if stacked:
-        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+        scale = scaling(config)
+        config.r = next(module.weight.shape[module.dim] for module in stacked.values())
+        alpha = scale * (math.sqrt(config.r) if config.use_rslora else config.r)
+        config.lora_alpha = round(alpha) if math.isclose(alpha, round(alpha)) else alpha
+
+
+def scaling(config: Any) -> float:
+    """By which PEFT multiplies a LoRA update."""
+    return float(config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from peftrec import baselines, classical, click_factors, rating_baselines
-from peftrec.baselines import Prior
+from peftrec import baselines, boosting, classical, click_factors, rating_baselines
+from peftrec.baselines import History, Prior
 from peftrec.click_factors import ClickFactors
 from peftrec.rating_baselines import RatingPrior
 
@@ -51,23 +51,34 @@ def prior_from_json(task: Literal["click", "rating"], text: str) -> SavedPrior:
     return (ClickFactors if '"factors"' in text[:20] else Prior).from_json(text)
 
 
-def measure(log: Log, recipe: Recipe) -> Opponents:
+def check(recipe: Recipe) -> None:
+    """See whether the libraries are there that the recipe's baselines need.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    classical.check(recipe.eval.baselines)
+    boosting.check(recipe.eval.baselines)
+
+
+def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents:
     """The baselines and the prior of a recipe.
 
     Args:
         log: all splits.
         recipe: its task, score, evaluation, order of training and seed count.
+        items: what held-out rows know of items; as of their user if left out.
 
     Raises:
         ConfigError: a baseline needs a library that is not installed.
         DataError: the log is too large for a baseline.
     """
     evaluation, kind = recipe.eval, recipe.score.prior
-    classical.check(evaluation.baselines)
+    check(recipe)
     wanted = dict.fromkeys((*evaluation.baselines, "global_mean", *(() if kind == "none" else (kind,))))
     saved: SavedPrior | None = None
     if recipe.task == "click":
-        clicks = baselines.predict(log, evaluation.history, evaluation.ties)
+        clicks = baselines.predict(log, evaluation.history, evaluation.ties, items=items)
         found, settings = clicks.scores, dataclasses.asdict(clicks.shrinkage)
         if "mf" in wanted and len(log.items):
             mf = click_factors.predict(log, evaluation.history, evaluation.ties, recipe.train.order, seed=recipe.seed)
@@ -85,6 +96,9 @@ def measure(log: Log, recipe: Recipe) -> Opponents:
     prior = None if kind == "none" else found[kind].astype(np.float32)
     others = classical.predict(log, evaluation.baselines, evaluation.history, evaluation.ties, recipe.task, recipe.seed)
     found, settings = {**found, **others.scores}, {**settings, **dict(others.settings)}
+    if boosting.NAME in wanted and (log.item >= 0).any():
+        trees = boosting.predict(log, evaluation.history, evaluation.ties, recipe.task, recipe.seed, items)
+        found, settings = {**found, boosting.NAME: trees.scores}, {**settings, boosting.NAME: trees.settings}
     reported = {
         name: found[name] for name in wanted if name in found and (name != kind or name in evaluation.baselines)
     }

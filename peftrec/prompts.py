@@ -17,7 +17,7 @@ Encoders and encoder-decoder models read a text as a whole, with their own speci
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
@@ -101,10 +101,20 @@ def plain_value(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Ragged token ids: piece `i` is `flat[start[i]:start[i + 1]]`."""
+    """Ragged token ids, or other whole numbers: piece `i` is `flat[start[i]:start[i + 1]]`."""
 
     flat: np.ndarray
     start: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.start) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        piece: np.ndarray = self.flat[self.start[index] : self.start[index + 1]]
+        return piece
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[index] for index in range(len(self)))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -116,7 +126,7 @@ class Pieces:
         """Lay lists of token ids end to end."""
         start = np.zeros(len(ids) + 1, dtype=np.int64)
         np.cumsum([len(piece) for piece in ids], out=start[1:])
-        flat = np.fromiter((token for piece in ids for token in piece), dtype=np.int32, count=int(start[-1]))
+        flat = np.fromiter((token for piece in ids for token in piece), dtype=np.int64, count=int(start[-1]))
         return cls(flat, start)
 
 

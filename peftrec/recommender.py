@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, TypedDict
 
-from peftrec import adapters, loading
+from peftrec import adapters, loading, side_vectors
 from peftrec import artifact as artifacts
 from peftrec.artifact import Artifact, PromptFormat
 from peftrec.backbone import Backbone
@@ -28,6 +28,7 @@ from peftrec.opponents import SavedPrior
 from peftrec.prompts import Codec, WholeText
 from peftrec.schema import nearest
 from peftrec.shortlist import Shortlist, Shortlister
+from peftrec.side_vectors import Sources
 from peftrec.similarity import Measure
 from peftrec.target import Target
 
@@ -69,6 +70,7 @@ class Recommender:
         tokenizer: the base model's.
         items: the items table, or None.
         prior: what is added to the model's score, or None.
+        side: the adapter's side vectors, or None.
         base: what `model` was made from, for more adapters to stand on; None takes no more.
 
     Raises:
@@ -85,10 +87,11 @@ class Recommender:
         *,
         items: Any = None,
         prior: SavedPrior | None = None,
+        side: Sources | None = None,
         base: Backbone | None = None,
     ) -> None:
         self._base = base
-        self._adapters = {DEFAULT: LoadedAdapter(about, model, tokenizer, items, prior)}
+        self._adapters = {DEFAULT: LoadedAdapter(about, model, tokenizer, items, prior, side)}
         self._change = Lock()
         self._shortlister = Shortlister(base)
 
@@ -145,6 +148,7 @@ class Recommender:
         folder = loading.find(adapter, revision, token=token, endpoint=endpoint, cache_dir=cache_dir)
         about = artifacts.read(folder)
         saved_prior = artifacts.read_prior(folder, about) if prior else None
+        sources = side_vectors.read(folder, about)
         table = loading.read_table(items, columns, about)
         base = loading.load_base(
             about,
@@ -159,9 +163,10 @@ class Recommender:
         differs = loading.difference_of_bases(about, base)
         if differs and strict:
             raise ModelError(f"{differs}; load that base model, or load without strict")
-        model = loading.put_on(base, folder, about)
+        model = loading.put_on(base, folder, about, sources)
         whole = adapters.is_whole(folder)
-        made = cls(about, model, base.tokenizer, items=table, prior=saved_prior, base=None if whole else base)
+        rest = {"items": table, "prior": saved_prior, "side": sources}
+        made = cls(about, model, base.tokenizer, **rest, base=None if whole else base)
         if differs:
             warnings.warn(f"{differs}; {loading.difference_of_scores(made._adapter(None))}", stacklevel=2)
         return made
@@ -287,12 +292,14 @@ class Recommender:
         differs = loading.difference_of_bases(about, self._base)
         if differs and strict:
             raise ModelError(f"{differs}; load it with a base model of its own, or with strict=False")
+        sources = side_vectors.read(folder, about)
         loaded = LoadedAdapter(
             about,
-            loading.put_on(self._base, folder, about),
+            loading.put_on(self._base, folder, about, sources),
             self._base.tokenizer,
             loading.read_table(items, columns, about),
             artifacts.read_prior(folder, about) if prior else None,
+            sources,
         )
         if differs:
             warnings.warn(f"{differs}; {loading.difference_of_scores(loaded)}", stacklevel=2)
@@ -373,7 +380,8 @@ class Recommender:
             candidates: titles, item ids or dicts. For an adapter of ready-made prompts: dicts with `instruction` and
                 `input`, and no history.
             user: what is known of the person, where the adapter's prompt shows that: a dict of columns as in
-                `artifact.prompt.user`, or the text; None is nothing.
+                `artifact.prompt.user`, or the text; for an adapter with vectors of people `{"vector": [numbers]}`; None
+                is nothing.
             adapter: name of a loaded adapter; None is `default`.
 
         Raises:
@@ -382,6 +390,24 @@ class Recommender:
         """
         asked = self._adapter(adapter)
         return asked.score([asked.question(history, candidates, user)])[0]
+
+    def item_ids(
+        self, history: Sequence[Any], candidates: Sequence[Any], *, adapter: str | None = None
+    ) -> list[str | None]:
+        """Which items a history and candidates mean, as ids in text; None is an item that has none.
+
+        Args:
+            history: as in `score`, as all others.
+            candidates: as there.
+            adapter: as there.
+
+        Raises:
+            DataError: an entry that cannot be read, or an item id that is not in the items table.
+            ModelError: no such adapter.
+        """
+        question = self._adapter(adapter).question(history, candidates)
+        items = [*(event.item for event in question.events), *question.candidates]
+        return [None if item.item_id is None else str(item.item_id) for item in items]
 
     def score_many(self, requests: Sequence[Request]) -> list[Floats]:
         """What `score` gives for each request, in their order.

@@ -49,7 +49,14 @@ HEADINGS = {
 """What people read for a metric."""
 LEADING: dict[Task, tuple[str, ...]] = {"click": ("auc", "uauc"), "rating": ("rmse", "mae", "uauc")}
 """Shown with intervals, and as differences."""
-_SHORT = {record.NO_PRIOR: "no prior", record.BASE_MODEL: "base", "bias": "bias", "mf": "MF", "item_knn": "k-NN"}
+_SHORT = {
+    record.NO_PRIOR: "no prior",
+    record.BASE_MODEL: "base",
+    "bias": "bias",
+    "mf": "MF",
+    "item_knn": "k-NN",
+    "gbdt": "trees",
+}
 _LEGEND: dict[Task, str] = {
     "click": (
         "AUC: chance that a liked row scores above one that is not liked; 0.5 is guessing. uauc: the same within each "
@@ -132,13 +139,13 @@ class Comparison:
 
     def table(self) -> str:
         """Plain text for a terminal of 120 columns."""
-        parts = [self._headline(), _wrapped(self.knew), "", *_aligned(self._scorers()), ""]
-        parts += [_wrapped(_LEGEND[self.task]), *([_wrapped(self._brackets())] if self.resamples else [])]
+        parts = [self._headline(), wrapped(self.knew), "", *aligned(self._scorers()), ""]
+        parts += [wrapped(_LEGEND[self.task]), *([wrapped(self._brackets())] if self.resamples else [])]
         if self.differences:
-            parts += ["", f"{shown(self.ours)} minus the other, {self._hint()}", "", *_aligned(self._differences())]
+            parts += ["", f"{shown(self.ours)} minus the other, {self._hint()}", "", *aligned(self._differences())]
         if len(self.sizes) > 1:
-            parts += ["", self._by_slice(), "", *_aligned(self._slices())]
-        parts += [_wrapped(f"warning: {line}") for line in self.warnings]
+            parts += ["", self._by_slice(), "", *aligned(self._slices())]
+        parts += [wrapped(f"warning: {line}") for line in self.warnings]
         return "\n".join(parts)
 
     def markdown(self) -> str:
@@ -371,11 +378,12 @@ def cell(one: Interval | None, *, interval: bool = False, sign: str = "") -> str
     return shown
 
 
-def _wrapped(text: str) -> str:
+def wrapped(text: str) -> str:
+    """Lines that a terminal shows whole."""
     return textwrap.fill(text, WIDTH)
 
 
-def _aligned(rows: Table) -> list[str]:
+def aligned(rows: Table) -> list[str]:
     """Columns of equal width, the first to the left, the others to the right, and a rule under the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

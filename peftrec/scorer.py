@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from peftrec import fused
 from peftrec.errors import ModelError
+from peftrec.target import pair_losses
 from peftrec.timeline import WindowDataset, collate
 
 if TYPE_CHECKING:
@@ -97,14 +99,16 @@ def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def read_outputs(model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """The head's outputs (N, K) at the batch's N read positions."""
-    logits: torch.Tensor = model(
+    mask = sight_mask(batch, dtype)
+    reads = fused.read_at(mask, batch["labels"] >= 0)
+    logits = model(
         input_ids=batch["input_ids"],
-        attention_mask=sight_mask(batch, dtype),
+        attention_mask=mask,
         position_ids=batch["position_ids"],
         use_cache=False,
         **{key: batch[key] for key in ("token_type_ids",) if key in batch},
     ).logits
-    return logits[batch["labels"] >= 0]
+    return reads.of(logits)
 
 
 @torch.inference_mode()
@@ -207,17 +211,19 @@ def score_candidates(model: Any, history: np.ndarray, candidates: Pieces, *, chu
         offset = place - torch.cat((starts.new_zeros(1), starts))[event]
         seen = ((event[:, None] == event[None, :]) | (event[None, :] == 0)).tril()
         seen = torch.cat((seen.new_ones(len(ids), held), seen), dim=1)
+        mask = _additive(seen[None], model.dtype)
+        ends = torch.as_tensor(candidates.start[first + 1 : last + 1] - begin - 1 + new, device=device)
+        reads = fused.read_at(mask, torch.isin(place, ends)[None])
         logits = model(
             input_ids=ids[None].to(device),
-            attention_mask=_additive(seen[None], model.dtype),
+            attention_mask=mask,
             position_ids=(offset + torch.where(event == 0, held, past))[None],
             past_key_values=cache,
             use_cache=True,
         ).logits
         cache.crop(begin - end)  # negative: so many tokens from the end
         held = past
-        ends = torch.as_tensor(candidates.start[first + 1 : last + 1] - begin - 1 + new, device=device)
-        outputs.append(logits[0, ends].float().cpu().numpy())
+        outputs.append(reads.of(logits).float().cpu().numpy())
     if kept is not None and outputs:
         kept.put(model, cache, history)
     return np.concatenate(outputs) if outputs else np.zeros((0, 1), dtype=np.float32)
@@ -264,15 +270,15 @@ def _score_together(model: Any, histories: Sequence[np.ndarray], candidates: Seq
     )
     behind = (own[:, None] == own[None, :]) | (own[None, :] == 0)
     seen = (behind & (whose[:, None] == whose[None, :])).tril()
-    logits = model(
-        input_ids=ids[None],
-        attention_mask=_additive(seen[None], model.dtype),
-        position_ids=positions[None],
-        use_cache=False,
-    ).logits[0]
-    outputs = logits.float().cpu().numpy()
+    mask = _additive(seen[None], model.dtype)
     begins = np.cumsum([0, *(len(part) for part in parts)])[1::2]  # of each request's candidates
-    return [outputs[begin + pieces.start[1:] - 1] for begin, pieces in zip(begins, candidates, strict=True)]
+    ends = np.concatenate([begin + one.start[1:] - 1 for begin, one in zip(begins, candidates, strict=True)])
+    places = torch.zeros(1, len(request), dtype=torch.bool, device=model.device)
+    places[0, ends] = True
+    reads = fused.read_at(mask, places)
+    logits = model(input_ids=ids[None], attention_mask=mask, position_ids=positions[None], use_cache=False).logits
+    outputs = reads.of(logits).float().cpu().numpy()
+    return np.split(outputs, np.cumsum([len(pieces.lengths) for pieces in candidates])[:-1])
 
 
 def _chunks(lengths: np.ndarray, budget: int) -> list[tuple[int, int]]:
@@ -289,13 +295,26 @@ def _chunks(lengths: np.ndarray, budget: int) -> list[tuple[int, int]]:
 
 
 def interaction_loss(
-    model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype, target: Target, items: Any
+    model: Any,
+    batch: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    target: Target,
+    items: Any,
+    *,
+    pairwise: float = 0.0,
 ) -> torch.Tensor:
     """The target's loss over the batch's read positions, divided by `items`, the events of the whole optimizer step.
 
     Dividing by events and not by batches makes gradient accumulation and several processes equal one large batch.
+    `pairwise` is the weight of `target.pair_losses`: windows are whole in a row, so these split as the others do.
     """
     read = batch["labels"] >= 0
-    outputs = read_outputs(model, batch, dtype)
-    loss: torch.Tensor = target.losses(outputs, batch["prior"][read], batch["labels"][read]).sum() / items
+    outputs, prior, label = read_outputs(model, batch, dtype), batch["prior"][read], batch["labels"][read]
+    total = target.losses(outputs, prior, label).sum()
+    if pairwise:
+        # Rows hold windows of several people: numbered apart, also from those of the batch's other rows.
+        length = read.shape[1]
+        window = batch["segment"] + length * torch.arange(len(read), device=read.device)[:, None]
+        total = total + pairwise * pair_losses(target.score(outputs, prior), label, window[read])
+    loss: torch.Tensor = total / items
     return loss

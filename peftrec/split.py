@@ -5,6 +5,7 @@ Also the table that everything downstream reads: plain arrays, sorted by user an
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from peftrec import config
 from peftrec.errors import DataError
 from peftrec.interactions import CLICK_SCALE, Interactions, drawn_order, sorted_order
 
+MOST_OF_ONE = 16  # training events of one person, where there are to be few
 SPLITS = ("train", "valid", "test")
 TRAIN, VALID, TEST = range(3)
 
@@ -46,6 +48,7 @@ class Log:
         scale: What each label stands for, ascending: 0 and 1 for clicks, the ratings that can be given for ratings.
         liked_from: Lowest label that counts as liked; None where nobody said.
         users: What is known of the users, one row for each of `user_ids`; None where it was not asked for.
+        key: Hash of all that it was made of, where that is known: see `prepared.load`.
     """
 
     user: np.ndarray
@@ -60,9 +63,24 @@ class Log:
     scale: tuple[float, ...] = CLICK_SCALE
     liked_from: int | None = 1
     users: pl.DataFrame | None = None
+    key: str | None = None
 
     def __len__(self) -> int:
         return len(self.user)
+
+    def keep(self, mask: np.ndarray) -> Log:
+        """The same events where `mask` (n,) is true; users and items keep their codes."""
+        return dataclasses.replace(
+            self,
+            user=self.user[mask],
+            item=self.item[mask],
+            timestamp=self.timestamp[mask],
+            label=self.label[mask],
+            rating=None if self.rating is None else self.rating[mask],
+            split=self.split[mask],
+            prompts=None if self.prompts is None else self.prompts.filter(pl.Series(mask)),
+            key=None,
+        )
 
     @property
     def liked(self) -> np.ndarray:
@@ -127,6 +145,33 @@ def split(interactions: Interactions, how: config.Split, seed: int) -> Log:
         liked_from=liked_from,
         users=interactions.users,
     )
+
+
+def few(log: Log, count: int, seed: int) -> Log:
+    """The log with `count` of its training events; the others are as if nobody had recorded them.
+
+    They are the first training events of people drawn by `seed`, of each at most a quarter of `count` and at most 16:
+    single events would have no history, and whole people would be one or two. Where all people have given so
+    many, each gives the next.
+
+    Raises:
+        DataError: there are not so many, or all of them have one label.
+    """
+    train = np.flatnonzero(log.split == TRAIN)
+    if count > len(train):
+        raise DataError(f"data.train_events: {count}; the data has {len(train)} training events; lower it")
+    each = max(1, min(MOST_OF_ONE, count // 4))
+    user = log.user[train]
+    place = np.arange(len(train)) - np.searchsorted(user, user)  # of the event within its person's
+    drawn = np.argsort(drawn_order(len(log.user_ids), seed, "train_events"))
+    chosen = train[np.lexsort((place, drawn[user], place // each))[:count]]
+    if len(np.unique(log.label[chosen])) == 1:
+        raise DataError(
+            f"data.train_events: the {count} events drawn by seed {seed} all have one label; raise it, or change seed"
+        )
+    kept = log.split != TRAIN
+    kept[chosen] = True
+    return log.keep(kept)
 
 
 def temporal(time: np.ndarray, valid: float, test: float) -> np.ndarray:

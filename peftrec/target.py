@@ -116,6 +116,26 @@ class Target:
         return torch.tensor(self.scale, dtype=torch.float32, device=outputs.device)
 
 
+def pair_losses(score: torch.Tensor, label: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+    """How badly each window's liked events stand above its others, summed over the windows, a number.
+
+    A window's loss is the mean over its pairs of a liked and a not liked event of `log(1 + exp(other - liked))`, times
+    its events: so it weighs as they do in the sum of their own losses. A window without such a pair has none.
+
+    Args:
+        score: log-odds of a like, prior included (N,).
+        label: 0 or 1 (N,).
+        window: which window an event is of; those of one window stand together (N,).
+    """
+    total = score.new_zeros(())
+    sizes = torch.unique_consecutive(window, return_counts=True)[1].tolist()
+    for own, liked in zip(torch.split(score, sizes), torch.split(label == 1, sizes), strict=True):
+        gaps = own[liked][:, None] - own[~liked][None, :]
+        if gaps.numel():
+            total = total + F.softplus(-gaps).mean() * len(own)
+    return total
+
+
 def fit_target(
     task: Literal["click", "rating"],
     head: Literal["tokens", "classifier", "linear"],

@@ -8,14 +8,18 @@ event sees. Training, streaming evaluation, frozen evaluation and ranking differ
     Sight ── cut ──> windows                              ranges of events that fit in max_tokens
     windows ── pack ──> rows                              several users' windows in one row: no padding
     rows ── WindowDataset ──> arrays for the model
+
+All but the last are plain arrays, which may lie in memory-mapped files (`kept`): tokens of a row are put together when
+the row is asked for.
 """
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -113,7 +117,8 @@ def _sight(
         row, visible, read = row[order], visible[order], read[order]
     time = np.arange(len(row), dtype=np.int64) if ordered_ties or shuffle is not None else log.timestamp[row]
     sight = Sight(row, log.user[row], time, visible, read)
-    return sight.keep(sight.visible | sight.read)
+    of_use = sight.visible | sight.read
+    return sight if of_use.all() else sight.keep(of_use)
 
 
 def _last_read(user: np.ndarray, read: np.ndarray) -> np.ndarray:
@@ -125,20 +130,12 @@ def _last_read(user: np.ndarray, read: np.ndarray) -> np.ndarray:
     return of_row
 
 
-@dataclass(frozen=True)
-class Window:
-    """`context` events (visible, not read again) and then the events `[start, stop)` of a Sight."""
-
-    context: tuple[int, int]  # a range of the Sight's *visible* events, half-open
-    start: int
-    stop: int
-    length: int  # tokens, header included
-
-
 def cut(
     sight: Sight, lengths: np.ndarray, *, max_tokens: int, header: int, overlap: int, fill: bool, single: bool = False
-) -> list[Window]:
+) -> np.ndarray:
     """Cut each user's events into windows that fit; every read event is in exactly one.
+
+    A window is `context` events (visible, not read again) and then events of its own.
 
     Args:
         sight: m events.
@@ -148,6 +145,10 @@ def cut(
         overlap: tokens of earlier events that a window repeats as context at most.
         fill: let the context grow into the room that the window's own events leave.
         single: one read event a window (the pointwise layout); its context holds strictly earlier events only.
+
+    Returns:
+        Windows (w, 5): half-open range of the Sight's *visible* events that are context, half-open range of its events,
+        tokens with the header.
 
     Raises:
         DataError: one event alone is longer than a window.
@@ -159,15 +160,14 @@ def cut(
             "header; raise prompt.max_tokens or shorten prompt.item"
         )
     overlap = min(overlap, room - int(lengths.max())) if len(lengths) else overlap
-    ends = np.concatenate(([0], np.cumsum(lengths)))
-    seen = np.flatnonzero(sight.visible)
-    seen_ends = np.concatenate(([0], np.cumsum(lengths[seen])))
-    seen_before = np.searchsorted(seen, np.arange(len(lengths) + 1))  # visible events in front of each event
+    ends = _running(lengths)
+    seen_ends = _running(lengths[sight.visible])
+    seen_before = _running(sight.visible)  # visible events in front of each event
     reads = np.flatnonzero(sight.read)
     moments = np.flatnonzero((np.diff(sight.user, prepend=-1) != 0) | (np.diff(sight.time, prepend=0) != 0))
     first_of_user = np.flatnonzero(np.diff(sight.user, prepend=-1))
     user_of_read = np.searchsorted(first_of_user, reads, side="right") - 1
-    windows = []
+    windows = array("q")
     at = 0
     while at < len(reads):
         start = int(reads[at])
@@ -190,39 +190,59 @@ def cut(
                 int(np.searchsorted(seen_ends, seen_ends[seen_to] - (room - own), side="left")),
             )
             used = int(seen_ends[seen_to] - seen_ends[seen_from])
-        windows.append(Window((seen_from, seen_to), start, stop, header + used + own))
+        windows.extend((seen_from, seen_to, start, stop, header + used + own))
         at = following
-    return windows
+    return np.asarray(windows, dtype=np.int64).reshape(-1, 5)
 
 
-def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def _running(values: np.ndarray) -> np.ndarray:
+    """Sums of the first 0, 1, … values, (n + 1,)."""
+    sums = np.zeros(len(values) + 1, dtype=np.int64)
+    np.cumsum(values, out=sums[1:])
+    return sums
+
+
+def pack(lengths: Sequence[int], max_tokens: int) -> Pieces:
     """Indices of windows put together into rows of at most `max_tokens`: best fit, the longest first."""
-    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
-    rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for index in order.tolist():
-        need = int(lengths[index])
-        place = bisect.bisect_left(free, (need, -1))
-        if place < len(free):
-            left, row = free.pop(place)
+    size = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-size, kind="stable")
+    least = int(size.min(initial=max_tokens))
+    row_of = np.empty(len(size), dtype=np.int64)
+    rows = 0
+    # Rows by the tokens that they have left, and which of these lists are not empty, as bits of one number: a sorted
+    # list of rows would be moved at each step.
+    free: list[list[int]] = [[] for _ in range(max_tokens)]
+    some = 0
+    for index, need in zip(order.tolist(), size[order].tolist(), strict=True):
+        fitting = some >> need
+        if fitting:
+            left = need + (fitting & -fitting).bit_length() - 1
+            row = heappop(free[left])
+            if not free[left]:
+                some ^= 1 << left
         else:
-            left, row = max_tokens, len(rows)
-            rows.append([])
-        rows[row].append(index)
-        if left > need:
-            bisect.insort(free, (left - need, row))
-    return rows
+            left, row, rows = max_tokens, rows, rows + 1
+        row_of[index] = row
+        if left - need >= least:
+            heappush(free[left - need], row)
+            some |= 1 << (left - need)
+    flat = order[np.argsort(row_of[order], kind="stable")]
+    return Pieces(flat, _running(np.bincount(row_of, minlength=rows)))
 
 
-def alike(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def alike(lengths: Sequence[int], max_tokens: int) -> Pieces:
     """Indices of prompts put together into rows whose prompts, padded to the longest, take at most `max_tokens`."""
-    rows: list[list[int]] = []
-    for index in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
-        # The first one of a row is its longest.
-        if not rows or (len(rows[-1]) + 1) * lengths[rows[-1][0]] > max_tokens:
-            rows.append([])
-        rows[-1].append(index)
-    return rows
+    size = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-size, kind="stable")
+    start = [0]
+    longest = 0  # the first one of a row is its longest
+    for place, length in enumerate(size[order].tolist()):
+        if place == start[-1]:
+            longest = length
+        elif (place - start[-1] + 1) * longest > max_tokens:
+            start.append(place)
+            longest = length
+    return Pieces(order, np.asarray([*start, len(size)] if len(size) else start, dtype=np.int64))
 
 
 class TimelineWindows:
@@ -252,7 +272,8 @@ class TimelineWindows:
     ) -> None:
         self.log, self.codec, self.questions, self.sight = log, codec, questions, sight
         lengths = questions.lengths[log.item[sight.row]] + codec.tail_length
-        self.windows = cut(
+        self._seen = np.flatnonzero(sight.visible)
+        self.spans = cut(
             sight,
             lengths,
             max_tokens=max_tokens,
@@ -262,24 +283,38 @@ class TimelineWindows:
             single=single,
         )
         if max_history is not None:
-            self.windows = [self._shorten(window, max_history, lengths) for window in self.windows]
-        self._seen = np.flatnonzero(sight.visible)
+            first, last = self.spans[:, 0], self.spans[:, 1]
+            shown = np.maximum(first, last - max_history)
+            ends = _running(lengths[self._seen])
+            self.spans[:, 4] -= ends[shown] - ends[first]
+            self.spans[:, 0] = shown
 
-    def _shorten(self, window: Window, max_history: int, lengths: np.ndarray) -> Window:
-        first, last = window.context
-        events = np.flatnonzero(self.sight.visible)[first:last]
-        gone = max(0, len(events) - max_history)
-        return Window(
-            (first + gone, last), window.start, window.stop, window.length - int(lengths[events[:gone]].sum())
-        )
+    KEPT: ClassVar[tuple[str, ...]] = ("row", "user", "time", "visible", "read")
+
+    def kept(self) -> dict[str, np.ndarray]:
+        """What `of` makes the same windows from."""
+        sight = {name: getattr(self.sight, name) for name in self.KEPT}
+        return {**sight, "seen": self._seen, "spans": self.spans}
+
+    @classmethod
+    def of(
+        cls, kept: Mapping[str, np.ndarray], log: Log, codec: Codec | WholeText, questions: Pieces
+    ) -> TimelineWindows:
+        """The windows that gave `kept`."""
+        made = cls.__new__(cls)
+        made.log, made.codec, made.questions = log, codec, questions
+        made.sight = Sight(**{name: kept[name] for name in cls.KEPT})
+        made._seen, made.spans = kept["seen"], kept["spans"]
+        return made
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return len(self.spans)
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each window."""
-        return [window.length for window in self.windows]
+        lengths: list[int] = self.spans[:, 4].tolist()
+        return lengths
 
     @property
     def events(self) -> int:
@@ -288,10 +323,9 @@ class TimelineWindows:
 
     def events_of(self, index: int) -> np.ndarray:
         """The log's rows of one window's events, in reading order."""
-        window = self.windows[index]
-        return self.sight.row[
-            np.concatenate((self._seen[slice(*window.context)], np.arange(window.start, window.stop)))
-        ]
+        first, last, start, stop, _ = self.spans[index].tolist()
+        rows: np.ndarray = self.sight.row[np.concatenate((self._seen[first:last], np.arange(start, stop)))]
+        return rows
 
     def arrays(self, index: int) -> dict[str, np.ndarray]:
         """One window as arrays of length T.
@@ -300,9 +334,9 @@ class TimelineWindows:
         `row` (the log's row at read positions, else -1).
         """
         assert isinstance(self.codec, Codec)
-        window = self.windows[index]
-        own = np.arange(window.start, window.stop)
-        events = np.concatenate((self._seen[slice(*window.context)], own))
+        first, last, start, stop, _ = self.spans[index].tolist()
+        own = np.arange(start, stop)
+        events = np.concatenate((self._seen[first:last], own))
         row = self.sight.row[events]
         reads = np.where(np.arange(len(events)) >= len(events) - len(own), self.sight.read[events], False)
         return lay_out(
@@ -375,8 +409,17 @@ class PromptWindows:
         ids: each prompt's tokens.
     """
 
-    def __init__(self, rows: np.ndarray, ids: Sequence[list[int]]) -> None:
-        self._rows, self._ids = rows, ids
+    def __init__(self, rows: np.ndarray, ids: Sequence[list[int]] | Pieces) -> None:
+        self._rows, self._ids = rows, ids if isinstance(ids, Pieces) else Pieces.of(ids)
+
+    def kept(self) -> dict[str, np.ndarray]:
+        """What `of` makes the same prompts from."""
+        return {"rows": self._rows, "flat": self._ids.flat, "start": self._ids.start}
+
+    @classmethod
+    def of(cls, kept: Mapping[str, np.ndarray]) -> PromptWindows:
+        """The prompts that gave `kept`."""
+        return cls(kept["rows"], Pieces(kept["flat"], kept["start"]))
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -384,7 +427,8 @@ class PromptWindows:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each prompt."""
-        return [len(ids) for ids in self._ids]
+        lengths: list[int] = self._ids.lengths.tolist()
+        return lengths
 
     @property
     def events(self) -> int:
@@ -413,20 +457,34 @@ class TextWindows(PromptWindows):
     Args:
         rows: the log's row that each prompt asks for.
         ids: each prompt's tokens.
-        types: each prompt's token types, or None where the model has none.
+        types: each prompt's token types, end to end in an array or not, or None where the model has none.
     """
 
-    def __init__(self, rows: np.ndarray, ids: Sequence[list[int]], types: Sequence[list[int] | None]) -> None:
+    def __init__(
+        self, rows: np.ndarray, ids: Sequence[list[int]] | Pieces, types: Sequence[list[int]] | np.ndarray | None
+    ) -> None:
         super().__init__(rows, ids)
-        self._types = types
+        self._types = types if types is None or isinstance(types, np.ndarray) else Pieces.of(types).flat
+
+    def kept(self) -> dict[str, np.ndarray]:
+        """What `of` makes the same prompts from."""
+        return {**super().kept(), **({} if self._types is None else {"types": self._types})}
+
+    @classmethod
+    def of(cls, kept: Mapping[str, np.ndarray]) -> TextWindows:
+        """The prompts that gave `kept`."""
+        return cls(kept["rows"], Pieces(kept["flat"], kept["start"]), kept.get("types"))
 
     def arrays(self, index: int) -> dict[str, np.ndarray]:
         """One prompt as arrays of length T: `input_ids`, `position_ids`, `row`, and `token_type_ids` if there are."""
-        ids, types = np.asarray(self._ids[index], dtype=np.int64), self._types[index]
+        ids = np.asarray(self._ids[index], dtype=np.int64)
         row = np.full(len(ids), -1, dtype=np.int64)
         row[0] = self._rows[index]
         arrays = {"input_ids": ids, "position_ids": np.arange(len(ids)), "row": row}
-        return arrays if types is None else {**arrays, "token_type_ids": np.asarray(types, dtype=np.int64)}
+        if self._types is None:
+            return arrays
+        types = self._types[self._ids.start[index] : self._ids.start[index + 1]]
+        return {**arrays, "token_type_ids": types.astype(np.int64)}
 
 
 class WindowDataset:
@@ -437,16 +495,27 @@ class WindowDataset:
         label: answers by row of the log, (n,).
         prior: log-odds to add to the model's, by row of the log, (n,), or None.
         max_tokens: tokens of a row.
+        rows: which windows are in each row, where they have been packed before.
     """
 
+    rows: Pieces | Sequence[Sequence[int]]
+
     def __init__(
-        self, windows: TimelineWindows | PromptWindows, label: np.ndarray, prior: np.ndarray | None, max_tokens: int
+        self,
+        windows: TimelineWindows | PromptWindows,
+        label: np.ndarray,
+        prior: np.ndarray | None,
+        max_tokens: int,
+        rows: Pieces | None = None,
     ) -> None:
         self.windows = windows
         self.label = label
-        self.prior = np.zeros(len(label), dtype=np.float32) if prior is None else prior
-        if isinstance(windows, TextWindows):
-            # Whether the model packs them or pads them, which it alone knows, prompts of one length leave no gaps.
+        # A view of one number where there is none.
+        self.prior = np.broadcast_to(np.float32(0), len(label)) if prior is None else prior
+        if rows is not None:
+            self.rows = rows
+        elif isinstance(windows, TextWindows):
+            # The model pads them to the longest: prompts of one length leave no gaps.
             self.rows = alike(windows.lengths, max(max_tokens, LEAST_ROOM))
         else:
             self.rows = pack(windows.lengths, max_tokens)
@@ -462,6 +531,11 @@ class WindowDataset:
         lengths = self.windows.lengths
         return [sum(lengths[i] for i in row) for row in self.rows]
 
+    def kept(self) -> dict[str, np.ndarray]:
+        """The windows' `kept`, and how they are packed."""
+        assert isinstance(self.rows, Pieces)
+        return {**self.windows.kept(), "packed": self.rows.flat, "packed_start": self.rows.start}
+
     def blank(self) -> dict[str, np.ndarray]:
         """A short row that asks nothing, for a process that has nothing to do while others compute."""
         row = self._row([int(np.argmin(self.windows.lengths))])
@@ -470,7 +544,7 @@ class WindowDataset:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return self._row(self.rows[index])
 
-    def _row(self, windows: Sequence[int]) -> dict[str, np.ndarray]:
+    def _row(self, windows: Iterable[int]) -> dict[str, np.ndarray]:
         parts = [self.windows.arrays(i) for i in windows]
         row = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         row["segment"] = np.repeat(np.arange(len(parts)), [len(part["row"]) for part in parts])

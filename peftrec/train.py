@@ -90,11 +90,11 @@ class _Loader(DataLoader[Any]):
 class WindowTrainer(Trainer):  # type: ignore[misc]
     """Trainer over packed windows: the loss is a mean over *events*, and validation counts every row once."""
 
-    def __init__(self, *args: Any, target: Target, to_metrics: ToMetrics, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, target: Target, to_metrics: ToMetrics, pairwise: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, data_collator=collate, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the labels of a whole optimizer step
         self.loss_is_scaled_for_ga = True
-        self.target, self.to_metrics = target, to_metrics
+        self.target, self.to_metrics, self.pairwise = target, to_metrics, pairwise
 
     def create_accelerator_and_postprocess(self) -> None:
         """Shard a model on the CPU too, to try it out, where accelerate takes no notice of being told to (FSDP2)."""
@@ -134,7 +134,9 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Sum over this batch's events divided by the step's events over all processes."""
         del return_outputs
-        loss = scorer.interaction_loss(model, inputs, self.model.dtype, self.target, num_items_in_batch)
+        loss = scorer.interaction_loss(
+            model, inputs, self.model.dtype, self.target, num_items_in_batch, pairwise=self.pairwise
+        )
         if adalora.is_adaptive(self.model):
             # Once for the whole optimizer step: each batch adds its share of the step's events.
             loss = loss + adalora.penalty(self.model) * (inputs["labels"] >= 0).sum() / num_items_in_batch
@@ -308,6 +310,7 @@ def fit(
         eval_dataset=valid_data,
         target=target,
         to_metrics=to_metrics,
+        pairwise=train.pairwise,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

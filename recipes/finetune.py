@@ -28,6 +28,7 @@ from peftrec import (
     baselines,
     card,
     config,
+    earlier,
     encode,
     figures,
     hub,
@@ -35,10 +36,13 @@ from peftrec import (
     methods,
     metrics,
     opponents,
+    prepared,
     processes,
     record,
     report,
     scorer,
+    side,
+    side_vectors,
     split,
     train,
     virtual_tokens,
@@ -74,8 +78,9 @@ def main() -> None:
         say(f"warning: {mistake}")
 
     # Data: tables -> one log of events, each in one split.
-    data = interactions.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
-    log = split.split(data, recipe.data.split, recipe.seed)
+    data, log = prepared.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
+    if recipe.data.train_events is not None:
+        log = split.few(log, recipe.data.train_events, recipe.seed)
     for warning in data.warnings:
         say(f"warning: {warning}")
     sizes = ", ".join(f"{name} {int((log.split == code).sum()):,}" for code, name in enumerate(split.SPLITS))
@@ -85,10 +90,12 @@ def main() -> None:
 
     # What counting alone predicts: the opponents, and the prior if the recipe wants one.
     known = opponents.measure(log, recipe)
+    beside = side_vectors.of_run(log, recipe) if recipe.side.used else None
 
     # What is predicted, text and model.
     methods.check(recipe.adapter)
     backbone.check(recipe)
+    start = earlier.find(recipe)
     learned = log.split == split.TRAIN
     how = recipe.score
     target = fit_target(
@@ -109,8 +116,11 @@ def main() -> None:
         task=recipe.task,
         shuffle=recipe.seed if recipe.train.order == "random" else None,
         kind=loaded.kind,
+        side=beside,
     )
     model = scorer.with_head(loaded.model, target.head, encoder.codec.answers)
+    if start is not None:
+        earlier.check(start, recipe.task, loaded.base, target, encoder.codec)
     say(f"model: {loaded.base.name}, {loaded.base.parameters / 1e6:.0f} M parameters, on {model.device}")
 
     # Train.
@@ -144,6 +154,11 @@ def main() -> None:
             original=lambda: backbone.load(dataclasses.replace(recipe.model, load_in_4bit=False), target).model,
             opening=lambda tokens: encoder.opening(tokens, recipe.seed),
         )
+        if beside is not None:
+            side.attach(model, beside, recipe.side, seed=recipe.seed)
+        if start is not None:
+            earlier.take_over(model, start, recipe.task, stacked=recipe.start.stack)
+            say(f"start: {start.name}{', below a new adapter' if recipe.start.stack else ''}")
         backbone.check_window(loaded.model, recipe.prompt.max_tokens, virtual_tokens.count(model))
     # Nothing is written before everything that can be wrong with the recipe has been tried.
     if state.is_main_process:
@@ -170,7 +185,7 @@ def main() -> None:
     rows, outputs = train.score(model, reported, description="score", processes=state)
     score_seconds = time.perf_counter() - begin
     if fitted is not None and asks_base and base_outputs is None:
-        with model.disable_adapter():
+        with model.disable_adapter(), side.off():
             _, base_outputs = train.score(model, reported, description="score, base model", processes=state)
     processes.gather(model)
     processes.leave()
@@ -222,12 +237,14 @@ def main() -> None:
             max_item_tokens=encoder.max_item_tokens,
             example=encoder.example(),
             template=encoder.template,
+            side=list(beside.sources) if beside else (),
         )
-        _save(folder / "adapter", model, loaded.tokenizer, about, known.saved_prior)
+        _save(folder / "adapter", model, loaded.tokenizer, about, known.saved_prior, beside)
         facts |= {
             "config": config.recipe_to_dict(recipe)["adapter"],
             "trainable_parameters": adapters.trainable_parameters(model),
             "bytes": adapters.file_bytes(folder / "adapter"),
+            **({} if start is None else {"started_from": start.facts()}),
         }
     record.write_record(
         folder,
@@ -243,7 +260,7 @@ def main() -> None:
                 **dataclasses.asdict(recipe.eval),
                 "rows": len(rows),
                 "seconds": score_seconds,
-                "settings": known.settings,
+                "settings": known.settings | ({"side": beside.settings} if beside else {}),
             },
             hardware=record.hardware(backbone.accelerators()),
             exposure=exposure(
@@ -326,13 +343,15 @@ def _prepare(folder: Path, recipe: config.Recipe, *, resume: bool) -> None:
         scratch.write_text(config.dump_recipe(recipe))
 
 
-def _save(folder: Path, model: Any, tokenizer: Any, about: artifact.Artifact, prior: Any) -> None:
+def _save(folder: Path, model: Any, tokenizer: Any, about: artifact.Artifact, prior: Any, beside: Any) -> None:
     """Write the adapter folder whole or not at all."""
     scratch = folder.with_name(f".{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     adapters.save(model, scratch)
     tokenizer.save_pretrained(scratch)
     artifact.write(scratch, about, prior)
+    if beside is not None:
+        side.save(model, scratch, beside.sources)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
 
@@ -359,7 +378,8 @@ def _probe(
         for history, candidate in encoder.questions_of(PROBES, recipe.seed):
             told = [(text, encoder.codec.answer_texts[answer]) for text, answer in history]
             (score,) = recommender.score(told, [candidate])
-            probes.append(artifact.Probe(history, candidate, float(score)))
+            ids = recommender.item_ids(told, [candidate]) if about.side else []
+            probes.append(artifact.Probe(history, candidate, float(score), ids))
     about = dataclasses.replace(about, probes=probes, record_probes=record_probes)
     artifact.write(folder, about, known.saved_prior)
 

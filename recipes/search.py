@@ -32,7 +32,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from matplotlib.figure import Figure
 
-from peftrec import coherence, config, interactions, record, schema, split
+from peftrec import coherence, config, prepared, record, schema, split
 from peftrec.errors import ConfigError, as_one_line
 from peftrec.looks import style
 from peftrec.metrics import LOWER_IS_BETTER
@@ -260,9 +260,9 @@ class Search:
         if self.plan.events is None:
             return {}
         recipe = config.load_recipe(self.base, words(flat(self.plan.changes)))
-        data = interactions.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
-        log = split.split(data, recipe.data.split, recipe.seed)
-        epochs = self.plan.events / int((log.split == split.TRAIN).sum())
+        _, log = prepared.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
+        known = recipe.data.train_events or int((log.split == split.TRAIN).sum())
+        epochs = self.plan.events / known
         return {"train.max_steps": -1, "train.num_train_epochs": epochs}
 
     def run(self, trials: int, workers: int) -> None:

@@ -19,6 +19,8 @@ from peftrec.split import Log
 # Nothing above imports a Hub client, which would read this once and for all.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Prepared data would fill the cache of whoever runs the tests.
+os.environ["PEFTREC_PREPARED"] = "off"
 
 # Two runs with two threads each on two cores wait for each other: a worker and what it starts keep to their own cores.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):

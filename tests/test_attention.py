@@ -51,6 +51,68 @@ def test_equals_sdpa(monkeypatch: pytest.MonkeyPatch, queries: int, keys: int, k
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def segments(lengths: list[int]) -> torch.Tensor:
+    """Additive mask of texts side by side, each causal in itself."""
+    number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    seen = (number[:, None] == number[None]).tril()
+    return torch.zeros(1, 1, *seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+
+def test_hidden_keys_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 8 over texts of 8, 8, and 4 and 4 tokens: each has no keys but its own 8."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
+    blocks = attention._blocks(segments([8, 8, 4, 4]))
+    assert [one.queries for one in blocks] == [slice(0, 8), slice(8, 16), slice(16, 24)]
+    assert [one.keys for one in blocks] == [slice(0, 8), slice(8, 16), slice(16, 24)]
+    # Nothing is hidden from the first key of a text on; the eighth is hidden from all but one, the first from none.
+    assert [one.masked for one in blocks] == [slice(1, 8), slice(1, 8), slice(0, 8)]
+
+
+def test_a_mask_is_looked_at_once() -> None:
+    mask = segments([6, 4])
+    assert attention._blocks(mask) is attention._blocks(mask)
+
+
+@pytest.mark.parametrize("least", [1, 64])
+def test_keys_with_a_gap_between_them(monkeypatch: pytest.MonkeyPatch, least: int) -> None:
+    """Candidates see the history and themselves; what lies between is gathered away, or masked."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(attention, "LEAST_HIDDEN", least)
+    event = torch.tensor([0] * 6 + [1] * 4 + [2] * 4 + [3] * 4)
+    seen = ((event[:, None] == event[None]) | (event[None] == 0)).tril()
+    mask = torch.zeros(1, 1, 18, 18).masked_fill(~seen, torch.finfo(torch.float32).min)
+    gathered = [one.keys for one in attention._blocks(mask) if isinstance(one.keys, torch.Tensor)]
+    assert [keys.tolist() for keys in gathered][-1:] == ([[*range(6), *range(14, 18)]] if least == 1 else [])
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(1, heads, 18, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
+    expected = F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    found = run((*parts, mask))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    direction = torch.randn(expected.shape, generator=generator)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, parts, direction), torch.autograd.grad(expected, parts, direction), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_has_the_gradient_of_what_it_dropped() -> None:
+    """With values of which the gradient is known: the output is linear in them, so the slope is the output itself."""
+    *parts, mask = random_case(6, 6, 2)
+    value = parts[2].requires_grad_()
+    torch.manual_seed(0)
+    out = run((*parts, mask), training=True, dropout=0.5)
+    (of_value,) = torch.autograd.grad(out.sum(), value)
+    torch.testing.assert_close((of_value * value).sum(), out.sum())
+    query = parts[0].detach().double().requires_grad_()
+    others = [part.detach().double() for part in (parts[1], parts[2], mask)]
+
+    def dropped(asked: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return run((asked, *others), training=True, dropout=0.5)
+
+    assert torch.autograd.gradcheck(dropped, (query,), fast_mode=True)
+
+
 def test_scaling_is_used() -> None:
     query, key, value, mask = random_case(6, 6, 2)
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.9, enable_gqa=True)

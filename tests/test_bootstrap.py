@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_metrics import sample
 
 from peftrec import metrics
-from peftrec.bootstrap import Interval, bootstrap
+from peftrec.bootstrap import Interval, UserMeans, bootstrap, resample
 
 
 def test_bootstrap_equals_measuring_each_resample_by_hand():
@@ -118,3 +118,19 @@ def test_bootstrap_is_fast_enough_for_every_run():
     start = time.process_time()
     bootstrap(label, {str(k): score + k for k in range(6)}, user, n=200)
     assert time.process_time() - start < 6  # 30 s for 1000 resamples
+
+
+def test_means_over_users_and_ratios_of_sums() -> None:
+    ones = np.ones(4)
+    first = UserMeans(
+        {"mean": (np.array([0.0, 1, 1, 0]), ones), "ratio": (np.array([1.0, 0, 5, 0]), np.array([1.0, 0, 2, 0]))}
+    )
+    second = UserMeans({"mean": (np.array([1.0, 0, 0, 1]), ones)})
+    found = resample({"a": first, "b": second}, 4, 4, 200, 1)
+    assert found.intervals["a"]["mean"].point == 0.5
+    assert found.intervals["a"]["ratio"].point == 2
+    assert 1 <= found.intervals["a"]["ratio"].low < 2 < found.intervals["a"]["ratio"].high <= 2.5
+    # One is the other's opposite on every resample: the difference is twice as far from its point.
+    gap, own = found.differences["b"]["mean"], found.intervals["a"]["mean"]
+    assert (gap.point, gap.low, gap.high) == pytest.approx((0, 2 * own.low - 1, 2 * own.high - 1))
+    assert "ratio" not in found.differences["b"]

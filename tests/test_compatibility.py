@@ -63,6 +63,51 @@ CASES: list[tuple[dict[str, Any], str]] = [
         {"adapter": {"method": "other", "peft_type": "prefix_tuning"}, "train": {"gradient_checkpointing": True}},
         "train.gradient_checkpointing: true; a prefix lives in the cache",
     ),
+    *(
+        (
+            {"adapter": method, "start": {"adapter": "x"}},
+            "start.adapter: x; what is saved under this adapter.method is not",
+        )
+        for method in (
+            {"method": "p_tuning"},
+            {"method": "prefix", "prefix_projection": True},
+            {"method": "adalora"},
+            {"method": "full"},
+            {"method": "other", "peft_type": "VERA"},
+        )
+    ),
+    (
+        {"adapter": {"variant": "pissa"}, "start": {"adapter": "x"}},
+        "start.adapter: x; these variants start from the base",
+    ),
+    (
+        {"adapter": {"method": "ia3"}, "start": {"adapter": "x", "stack": True}},
+        "start.stack: true; only plain LoRA can",
+    ),
+    (
+        {"adapter": {"variant": "dora"}, "start": {"adapter": "x", "stack": True}},
+        "start.stack: true; only plain LoRA can",
+    ),
+    (
+        {"side": {"als": True}, "adapter": {"method": "full"}},
+        "side.als: true; adapter.method: full is saved as a model for anybody",
+    ),
+    (
+        {"side": {"items": "v.npz"}, "adapter": {"method": "none"}},
+        "side.items: v.npz; nothing is trained under adapter.method: none",
+    ),
+    (
+        {"side": {"als": True}, "train": {"order": "random"}, "eval": {"history": "frozen"}},
+        "side.als: true; a person's factors follow from what came before",
+    ),
+    (
+        {"side": {"users": "v.npz"}, "prompt": {"layout": "pointwise", "template": "{history}{item}:"}},
+        "side.users: v.npz; a template says nowhere where an event's vectors would stand",
+    ),
+    (
+        {"side": {"als": True}, "data": {"records": "r.jsonl"}, "prompt": {"layout": "pointwise"}},
+        "side.als: true; ready-made prompts (data.records) have no items",
+    ),
 ]
 
 FINE: list[dict[str, Any]] = [
@@ -76,6 +121,10 @@ FINE: list[dict[str, Any]] = [
     {"adapter": {"method": "other", "peft_type": "VERA"}},
     {"adapter": {"method": "prompt"}, "train": {"gradient_checkpointing": True}},
     {"adapter": {"method": "prefix"}},
+    {"adapter": {"method": "prefix"}, "start": {"adapter": "x"}},
+    {"adapter": {"variant": "dora"}, "start": {"adapter": "x"}},
+    {"adapter": {"variant": "rslora"}, "start": {"adapter": "x", "stack": True}},
+    {"side": {"als": True, "items": ["a.npz", "b.npz"]}, "prompt": {"layout": "pointwise"}},
 ]
 
 
@@ -131,6 +180,9 @@ LAUNCHES: list[tuple[dict[str, Any], tuple[Any, ...], str]] = [
     ({"adapter": {"method": "full"}}, ("fsdp", 2), "eval.base_model: true; it is scored before fsdp cuts"),
     ({"model": {"load_in_8bit": True}}, ("fsdp", 2), "model.load_in_8bit: true; 8-bit weights cannot be cut"),
     ({"adapter": {"method": "adalora"}}, ("fsdp", 2), "adapter.method: adalora; it takes ranks away from whole"),
+    ({"side": {"als": True}}, ("fsdp", 2), "side.als: true; its projectors stand at the embeddings, which fsdp cuts"),
+    ({"side": {"items": "v.npz"}}, ("deepspeed", 2), "side.items: v.npz; its projectors stand at the embeddings"),
+    ({"side": {"users": "v.npz"}}, ("fsdp", 2), "side.users: v.npz; its projectors stand at the embeddings"),
 ]
 
 

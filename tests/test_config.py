@@ -187,6 +187,9 @@ WRONG_VALUES = [
     ({"prompt": {"layout": "pointwise", "overlap": 8}}, "prompt.overlap: does nothing under prompt.layout: pointwise"),
     ({"model__attn_implementation": "flash_attention_2"}, "model.attn_implementation: flash_attention_2 cannot hide"),
     ({"train": {"lr_scheduler_type": "constant", "warmup_steps": 3}}, "train.warmup_steps: does nothing under train."),
+    ({"task": "rating", "train": {"pairwise": 1}}, "train.pairwise: does nothing under task: rating; remove it"),
+    ({"prompt": {"layout": "pointwise"}, "train": {"pairwise": 1}}, "train.pairwise: does nothing under prompt.layout"),
+    ({"train": {"pairwise": -1}}, "train.pairwise: -1; expected"),
     ({"adapter": {"method": "none"}, "train": {"max_steps": 9}}, "train.max_steps: does nothing under adapter.method"),
     (
         {"adapter": {"method": "none"}, "eval": {"base_model": True}},

@@ -25,9 +25,10 @@ from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from peftrec import adapters, backbone, config, processes, prompts, scorer
+from peftrec import adapters, backbone, config, processes, prompts, scorer, side, side_vectors
 from peftrec import train as training
 from peftrec.errors import ConfigError, PeftrecError
+from peftrec.side_vectors import MarkedWindows
 from peftrec.split import Log
 from peftrec.target import Target
 from peftrec.timeline import TimelineWindows, WindowDataset, evaluation_sight, training_sight
@@ -51,18 +52,16 @@ def a_log() -> Log:
     return conftest.random_log(11, users=8, events=10)
 
 
-def datasets(log: Log, codec: Any) -> tuple[WindowDataset, WindowDataset]:
+def datasets(log: Log, codec: Any, beside: Any = None) -> tuple[WindowDataset, WindowDataset]:
     questions = prompts.Pieces.of(codec.questions(conftest.TITLES, 64))
     known = evaluation_sight(log, np.flatnonzero(log.split == 1), streaming=True)
-    learned, valid = (
-        WindowDataset(
-            TimelineWindows(log, codec, questions, sight, max_tokens=tokens, overlap=0, fill=fill),
-            log.label,
-            None,
-            tokens,
-        )
-        for sight, tokens, fill in ((training_sight(log), 170, False), (known, 300, True))
-    )
+    found = []
+    for sight, tokens, fill in ((training_sight(log), 170, False), (known, 300, True)):
+        windows = TimelineWindows(log, codec, questions, sight, max_tokens=tokens, overlap=0, fill=fill)
+        if beside:
+            windows = MarkedWindows(windows, beside.evaluation if fill else beside.training)
+        found.append(WindowDataset(windows, log.label, None, tokens))
+    learned, valid = found
     learned.rows = [*learned.rows[: ROWS - 1], learned.rows[ROWS - 1][:1]]  # the last one is short
     return learned, valid
 
@@ -86,7 +85,14 @@ def do(base: Path, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     how = config.Adapter(**job.get("adapter", {"r": 4, "lora_dropout": job.get("dropout", 0.0)}))
     model = adapters.attach(model, how, base_name="tiny", seed=3, steps=8)
     log = a_log()
-    learned, valid = datasets(log, codec)
+    beside = None
+    if job.get("side"):
+        recipe = config.Recipe(
+            data=config.Data(name="ml-100k"), side=config.Side(als=True, dropout=0.0), output_dir="x"
+        )
+        beside = side_vectors.of_run(log, recipe)
+        side.attach(model, beside, recipe.side, seed=3)
+    learned, valid = datasets(log, codec, beside)
     state = processes.group()
     found: dict[str, Any] = {}
     if job.get("train") is not None:
@@ -202,10 +208,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "ia3": {"adapter": {"method": "ia3"}},
     "ln_tuning": {"adapter": {"method": "ln_tuning"}},
     "full": {"adapter": {"method": "full"}},
+    "side": {"side": True},
     # A trained head is a whole module of its own (modules_to_save).
     "head": {"head": "classifier", "train": {"gradient_checkpointing": True}},
 }
-SHARDED = [name for name in METHODS if name != "adalora"]  # refused: tests/test_compatibility.py
+SHARDED = [name for name in METHODS if name not in ("adalora", "side")]  # refused: tests/test_compatibility.py
 
 
 def method_jobs(names: Iterable[str]) -> list[dict[str, Any]]:

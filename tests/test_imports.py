@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from peftrec.imports import after_import
+from peftrec.imports import after_import, around_import, compile_later, without_collection
 
 NAME = "a_package_to_wait_for"
 
@@ -142,3 +145,77 @@ def test_another_thread_imports(
     other.join(30)
     waiting.join(30)
     assert fired == [3]
+
+
+def test_around_the_first_import_only(package: Path, fired: list[int]) -> None:
+    @contextmanager
+    def around() -> Iterator[None]:
+        assert not hasattr(sys.modules[NAME], "value")
+        yield
+        fired.append(sys.modules[NAME].value)
+
+    finders = list(sys.meta_path)
+    around_import(NAME, around)
+    assert fired == []
+    module = importlib.import_module(NAME)
+    assert fired == [1]
+    around_import(NAME, around)
+    importlib.reload(module)
+    assert fired == [1]
+    assert set(sys.meta_path) <= set(finders)
+
+
+def test_compiles_when_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    compiled: list[tuple[object, dict[str, object]]] = []
+
+    def compile_now(function: object, **settings: object) -> object:
+        compiled.append((function, settings))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_now)
+    module = torch.nn.Linear(1, 1)
+
+    def double(x: int) -> int:
+        """Twice."""
+        return 2 * x
+
+    with compile_later():
+        later = torch.compile(double, dynamic=False)
+
+        @torch.compile(dynamic=True)
+        def triple(x: int) -> int:
+            return 3 * x
+
+        assert compiled == []
+        assert torch.compile(module) is module
+    assert torch.compile is compile_now
+    assert compiled == [(module, {})]
+    assert (later.__name__, later.__doc__) == ("double", "Twice.")
+    assert [later(2), later(3), triple(2)] == [4, 6, 6]
+    assert [settings for _, settings in compiled] == [{}, {"dynamic": False}, {"dynamic": True}]
+
+
+def test_the_collector_rests_while_something_loads() -> None:
+    assert gc.isenabled()
+    before = gc.get_freeze_count()
+    with without_collection():
+        assert not gc.isenabled()
+        made = [[] for _ in range(1000)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= before + len(made)
+    gc.unfreeze()
+    with pytest.raises(KeyError), without_collection():
+        raise KeyError
+    assert gc.isenabled()
+
+
+# Each takes from a tenth of a second to several, and answering needs none of them.
+IDLE = ("datasets", "matplotlib", "pandas", "sklearn", "torch._inductor.compile_fx", "tensorboard", "ray")
+
+
+def test_a_recommender_imports_nothing_idle() -> None:
+    code = f"import sys, peftrec.recommender; print(*sorted({set(IDLE)!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

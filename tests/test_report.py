@@ -180,7 +180,7 @@ def everything(log: Log, task: Task) -> tuple[pl.DataFrame, config.Recipe]:
     rows = np.flatnonzero(log.split == 2)
     rng = np.random.default_rng(1)
     names = ["item_mean", "bias", "popularity", "global_mean"]
-    names += ["user_mean", "mf", "item_knn", "svd", "svdpp"] if task == "rating" else []
+    names += ["user_mean", "mf", "item_knn", "svd", "svdpp", "gbdt"] if task == "rating" else []
     drawn = rng.normal(3, 1, (4 + len(names), len(rows)))
     table = record.predictions(
         log,

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftrec.target import Target, fit_target
+from peftrec.target import Target, fit_target, pair_losses
 
 STARS = (1.0, 2.0, 3.0, 4.0, 5.0)
 
@@ -108,3 +108,26 @@ def test_mean_loss_is_the_mean_of_losses() -> None:
     outputs, prior, label = np.zeros((3, 2), np.float32), np.array([0.0, 1.0, -1.0]), np.array([1, 1, 0], np.int8)
     expected = np.mean([math.log(2), math.log1p(math.exp(-1)), math.log1p(math.exp(-1))])
     assert Target().mean_loss(outputs, prior, label) == pytest.approx(expected)
+
+
+def test_pairs_of_one_window_by_hand() -> None:
+    def loss(gap: float) -> float:
+        return math.log1p(math.exp(-gap))
+
+    score = torch.tensor([2.0, 0.5, 1.0, 5.0, -1.0, 0.0, 3.0])
+    label = torch.tensor([1, 0, 0, 1, 0, 1, 1])
+    window = torch.tensor([0, 0, 0, 4, 4, 7, 7])
+    # Three events with the pairs 2 over 0.5 and 2 over 1; two events with one pair; the last window likes everything.
+    expected = 3 * (loss(1.5) + loss(1.0)) / 2 + 2 * loss(6.0)
+    assert pair_losses(score, label, window).item() == pytest.approx(expected)
+    assert pair_losses(score, label, torch.arange(7)).item() == 0
+    assert pair_losses(score[:0], label[:0], window[:0]).item() == 0
+
+
+def test_a_pair_pulls_its_events_apart() -> None:
+    score = torch.tensor([0.0, 1.0, 2.0], requires_grad=True)
+    pair_losses(score, torch.tensor([1, 0, 0]), torch.zeros(3, dtype=torch.long)).backward()
+    assert score.grad is not None
+    liked, near, far = score.grad.tolist()
+    assert liked < 0 < near < far
+    assert liked + near + far == pytest.approx(0)

@@ -279,8 +279,10 @@ class TestAccumulation:
         assert len(caught) == 1
         return caught[0]
 
+    @pytest.mark.parametrize("pairwise", [0.0, 1.0])
     def test_four_rows_one_by_one_equal_four_at_once_equal_all_events(
         self,
+        pairwise: float,
         monkeypatch: pytest.MonkeyPatch,
         fit: Callable[..., Any],
         load_tiny: Callable[..., Any],
@@ -291,12 +293,12 @@ class TestAccumulation:
         questions: Any,
     ) -> None:
         data = train_data(log, codec, questions, 170)
-        data.rows = [*data.rows[:3], data.rows[3][:1]]
+        data.rows = [*(data.rows[i] for i in range(3)), data.rows[3][:1]]
         assert len({sum(r >= 0 for r in data[i]["row"]) for i in range(4)}) > 1
         found = []
         for batch, steps in ((1, 4), (4, 1)):
             options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps}
-            train = changed(max_steps=1, evals=0, max_grad_norm=0.0, **options)
+            train = changed(max_steps=1, evals=0, max_grad_norm=0.0, pairwise=pairwise, **options)
             found.append(
                 self.gradients(
                     monkeypatch,
@@ -307,7 +309,7 @@ class TestAccumulation:
         model = adapters.attach(load_tiny(tiny_llama_folder), adapter, base_name="tiny", seed=3)
         batch_of_all = collate([data[i] for i in range(4)])
         events = int((batch_of_all["labels"] >= 0).sum())
-        scorer.interaction_loss(model, batch_of_all, torch.float32, Target(), events).backward()
+        scorer.interaction_loss(model, batch_of_all, torch.float32, Target(), events, pairwise=pairwise).backward()
         expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         for gradients in found:
             assert gradients.keys() == expected.keys()
@@ -331,3 +333,60 @@ class TestScore:
         training.score(tiny_model, data, description="valid")
         assert tiny_model.training
         tiny_model.eval()
+
+
+def with_likes(log: Log, codec: Any, questions: Any, tokens: int) -> WindowDataset:
+    """Packed windows of several people with a prior; every other event is liked."""
+    data = train_data(log, codec, questions, tokens)
+    data.label = (np.arange(len(log)) % 2).astype(np.int8)
+    data.prior = np.linspace(-1, 1, len(log)).astype(np.float32)
+    return data
+
+
+def test_pairs_are_made_within_windows_however_they_are_packed(
+    tiny_model: Any, log: Log, codec: Any, questions: Any
+) -> None:
+    data = with_likes(log, codec, questions, 300)
+    assert max(map(len, data.rows)) > 1
+    events = data.events
+
+    def loss(rows: list[Any], **weight: float) -> float:
+        return float(scorer.interaction_loss(tiny_model, collate(rows), torch.float32, Target(), events, **weight))
+
+    with torch.no_grad():
+        plain = [loss([data[i]]) for i in range(len(data))]
+        assert [loss([data[i]], pairwise=0.0) for i in range(len(data))] == plain
+        packed = [loss([data[i]], pairwise=2.0) for i in range(len(data))]
+        # As one batch, and each window in a row of its own.
+        assert loss([data[i] for i in range(len(data))], pairwise=2.0) == pytest.approx(sum(packed), rel=1e-5)
+        alone = [loss([data._row([i])], pairwise=2.0) for i in range(len(data.windows))]
+        assert sum(alone) == pytest.approx(sum(packed), rel=1e-5)
+        by_hand = 0.0
+        for i in range(len(data.windows)):
+            row = data._row([i])
+            batch, read = collate([row]), row["labels"] >= 0
+            outputs = scorer.read_outputs(tiny_model, batch, torch.float32).numpy()
+            score = outputs[:, 1] - outputs[:, 0] + row["prior"][read]
+            gaps = [
+                a - b
+                for a, x in zip(score, row["labels"][read], strict=True)
+                if x == 1
+                for b, y in zip(score, row["labels"][read], strict=True)
+                if y == 0
+            ]
+            by_hand += read.sum() * np.mean(np.log1p(np.exp(-np.array(gaps)))) if gaps else 0.0
+        assert by_hand > 1
+    assert sum(packed) - sum(plain) == pytest.approx(2 * by_hand / events, rel=1e-4)
+
+
+def test_the_recipe_says_how_much_pairs_weigh(
+    fit: Callable[..., Any], tmp_path: Path, log: Log, codec: Any, questions: Any
+) -> None:
+    data = with_likes(log, codec, questions, 300)
+    one_step = {"max_steps": 1, "evals": 0, "gradient_accumulation_steps": len(data)}
+    plain, off, paired = (
+        losses(fit(tmp_path / str(number), changed(**one_step, **weight), data=data)[1])[0][1]
+        for number, weight in enumerate(({}, {"pairwise": 0.0}, {"pairwise": 3.0}))
+    )
+    assert plain == off
+    assert paired > plain + 0.5

@@ -14,7 +14,7 @@ from samples import FILMS
 from test_recommender import save_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftrec import adapters, config, scorer
+from peftrec import adapters, config, fused, scorer
 from peftrec import train as training
 from peftrec.recommender import Recommender
 from peftrec.split import Log
@@ -82,6 +82,15 @@ class TestTraining:
             fitted = fit(trained, data, tmp_path)
         assert fitted.events == 20
         assert sum(tokens) == fitted.tokens == 2 * header + 20 * event
+
+    def test_the_last_layer_feeds_forward_what_is_read(
+        self, log: Log, trained: Any, codec: Any, questions: Any, tmp_path: Path
+    ) -> None:
+        (last,) = (module for module in trained.modules() if isinstance(module, fused.LastLayer))
+        found: list[int] = []
+        last.mlp.register_forward_hook(lambda _, inputs, __: found.append(inputs[0].shape[:-1].numel()))
+        fitted = fit(trained, dataset(log, codec, questions, 1500), tmp_path)
+        assert sum(found) == fitted.events == 20
 
     def test_the_overlap_is_all_that_is_read_again(
         self, log: Log, trained: Any, codec: Any, questions: Any, tmp_path: Path

@@ -33,9 +33,9 @@ WAYS = {
 COUNTED = ("global_mean", "item_mean", "bias", "mf")
 COMPARED = (
     *(("transfer", "zero_shot"), ("adapted", "target_only"), ("adapted", "transfer"), ("adapted", "bias")),
-    *(("stacked", "target_only"), ("stacked", "adapted"), ("pretrained", "target_only")),
+    *(("transfer", "target_only"), ("stacked", "target_only"), ("stacked", "adapted"), ("pretrained", "target_only")),
 )
-"""Ways whose difference is shown, ours first."""
+"""Ways whose difference is shown, ours first; of transfer and zero-shot what they are without any sample."""
 ALL = -1
 """In place of K: all training events of the target."""
 SHOWN = ("accuracy", "precision", "recall", "f1")
@@ -107,15 +107,16 @@ def report(
         seed: of the resamples.
     """
     names = {f"{way} {k}": (way, k) for way, k in sorted(found, key=_place)}
-    pairs = [
-        (f"{ours} {k}", f"{theirs} {other}")
+    possible = [
+        (k, f"{ours} {one}", f"{theirs} {other}")
         for k in sorted({k for _, k in found if k >= 0})
         for ours, theirs in COMPARED
-        for other in dict.fromkeys((k, 0))
+        for one, other in ((k, k), (k, 0), (0, k))
+        if k or one == other
     ]
-    pairs = [pair for pair in pairs if set(pair) <= names.keys()]
+    pairs = [(k, a, b) for k, a, b in dict.fromkeys(possible) if {a, b} <= names.keys()]
     scores = {name: found[key] for name, key in names.items()}
-    intervals, gaps = over_seeds(label, scores, user, pairs, resamples, seed)
+    intervals, gaps = over_seeds(label, scores, user, [(a, b) for _, a, b in pairs], resamples, seed)
     figures = [["K", "way", "seeds", "AUC", "uauc", *SHOWN, "coverage"]]
     for name, (way, k) in names.items():
         own, several = intervals[name], found[way, k]
@@ -126,10 +127,10 @@ def report(
         told = "all" if k == ALL else str(k)
         figures.append([told, WAYS[way], f"{len(each)}{spread}", _cell(own["auc"]), _cell(own["uauc"]), *plain])
     differences = [["K", "difference", "AUC", "uauc"]]
-    for ours, theirs in pairs:
+    for k, ours, theirs in pairs:
         words = f"{WAYS[names[ours][0]]} minus {WAYS[names[theirs][0]]}"
         gap = gaps[ours, theirs]
-        differences.append([str(names[ours][1]), words, _cell(gap["auc"], "+"), _cell(gap["uauc"], "+")])
+        differences.append([str(k), words, _cell(gap["auc"], "+"), _cell(gap["uauc"], "+")])
     return Report(
         facts,
         figures,

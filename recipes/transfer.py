@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="source, target, samples and seeds: see docs/transfer.md")
     parser.add_argument("--samples", nargs="+", metavar="K", help="some of the config's K; all if left out")
     parser.add_argument("--seeds", nargs="+", help="in place of the config's")
+    parser.add_argument("--ways", nargs="+", help="some of the config's; all if left out")
     parser.add_argument("--output_dir", help="in place of the config's")
     parser.add_argument("--write", action="store_true", help="put tables and picture into docs/")
     arguments, rest = parser.parse_known_args()
@@ -150,12 +151,16 @@ def read_plan(path: Path, arguments: argparse.Namespace) -> Plan:
     for k in [*plan.samples, *(arguments.samples or ())]:
         if k not in plan.samples or not k.isdigit() or int(k) < 1:
             reader.problem("samples", f"{k}; expected some of {', '.join(plan.samples)}, whole numbers from 1")
+    for way in arguments.ways or ():
+        if way not in plan.ways:
+            reader.problem("ways", f"{way}; expected some of {', '.join(plan.ways)}")
     if plan.target.recipe is None:
         reader.problem("target.recipe", "missing; expected the file of a recipe")
     if reader.problems:
         raise ConfigError(*reader.problems)
     chosen = {k: steps for k, steps in plan.samples.items() if k in (arguments.samples or plan.samples)}
-    return dataclasses.replace(plan, samples=chosen)
+    ways = {way: rate for way, rate in plan.ways.items() if way in (arguments.ways or plan.ways)}
+    return dataclasses.replace(plan, samples=chosen, ways=ways)
 
 
 def side_words(plan: Plan, name: str, path: Path, rest: Sequence[str]) -> list[str]:

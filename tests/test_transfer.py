@@ -74,7 +74,7 @@ def plan(tiny_llama_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_every_shipped_plan_is_valid(path: Path, transfer: Any) -> None:
-    options = transfer.argparse.Namespace(samples=None, seeds=None, output_dir=None)
+    options = transfer.argparse.Namespace(samples=None, seeds=None, ways=None, output_dir=None)
     found = transfer.read_plan(path, options)
     assert list(found.samples) == ["16", "64", "256", "1024"]
     rest = GIVEN if found.source.adapter else []
@@ -111,7 +111,7 @@ def test_cells_are_measured_once_and_told_in_one_report(
     lines = (tmp_path / "out/transfer.md").read_text().splitlines()
     assert "0 titles are in both" in lines[0]
     assert "People are the same" not in lines[0], "two files of one's own say nothing of that"
-    assert sum(line.startswith("| 16 | ") for line in lines) == 2 + len(COUNTED) + 3
+    assert sum(line.startswith("| 16 | ") for line in lines) == 2 + len(COUNTED) + 4
     assert "| 16 | transfer + adaptation | 2 (sd" in "".join(lines)
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("<table>") == 2
@@ -142,6 +142,7 @@ def test_cells_are_measured_once_and_told_in_one_report(
     [
         ({"seed": 1}, [], "seed: unknown key; did you mean seeds?"),
         ({"ways": {"adpted": 1}}, [], "'adpted'; expected one of target_only, adapted"),
+        ({}, ["--ways", "stacked"], "ways: stacked; expected some of adapted, target_only"),
         ({}, ["--samples", "17"], "samples: 17; expected some of 16, 32, whole numbers from 1"),
         ({"target": {}}, [], "target.recipe: missing; expected the file of a recipe"),
         ({}, ["--train.max_steps", "3"], "command line: --train.max_steps; expected --target.KEY, --source.KEY"),

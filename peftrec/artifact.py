@@ -260,6 +260,9 @@ def write(folder: str | Path, artifact: Artifact, prior: SavedPrior | None) -> N
         _replace(folder / PRIOR_FILE, prior.to_json())
     complete = dataclasses.replace(artifact, prior=None if prior is None else PRIOR_FILE)
     values = {"format": FORMAT, **dataclasses.asdict(complete)}
+    for probe in values["probes"]:
+        if not probe["items"]:
+            del probe["items"]
     _replace(folder / FILE, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

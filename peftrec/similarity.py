@@ -1,6 +1,6 @@
 """How alike vectors are, and the nearest ones: exact, by blocks of matrix products.
 
-A hundred thousand items take milliseconds to compare with one query, so there is no approximate index to build, to tune
+One query is compared with all items in one product, so there is no approximate index to build, to tune
 and to keep: docs/features.md has the times.
 """
 

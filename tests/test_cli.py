@@ -145,7 +145,7 @@ def _parts() -> Any:
                 "0",
                 like_at=4,
             )
-            self.prior, self.target = None, Target()
+            self.prior, self.target, self.sources = None, Target(), {}
             self.catalogue = Catalogue(films, "{title}")
 
         def _outputs(self, questions: Any) -> Any:

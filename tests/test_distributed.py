@@ -62,7 +62,8 @@ def datasets(log: Log, codec: Any, beside: Any = None) -> tuple[WindowDataset, W
             windows = MarkedWindows(windows, beside.evaluation if fill else beside.training)
         found.append(WindowDataset(windows, log.label, None, tokens))
     learned, valid = found
-    learned.rows = [*learned.rows[: ROWS - 1], learned.rows[ROWS - 1][:1]]  # the last one is short
+    rows = list(learned.rows)[:ROWS]
+    learned.rows = prompts.Pieces.of([*rows[:-1], rows[-1][:1]])  # the last one is short
     return learned, valid
 
 

@@ -74,7 +74,11 @@ def check_folder(run: Path) -> record.RunRecord:
         assert np.isnan(value) if found.metrics[key] is None else value == pytest.approx(found.metrics[key], abs=1e-12)
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     # These begin as zeros; a head that begins so too passes nothing on in its first step.
-    trained = [tensor for name, tensor in weights.items() if "lora_B" in name or name.endswith("classifier.weight")]
+    trained = [
+        tensor
+        for name, tensor in weights.items()
+        if "lora_B" in name or name.endswith(("classifier.weight", "score.weight"))
+    ]
     assert any(np.abs(tensor).max() > 0 for tensor in trained)
     return found
 

@@ -361,7 +361,7 @@ def times(given: argparse.Namespace) -> str:
             rate = whole / size
             told = f"{whole:.0f} s"
         else:
-            told = f"about {rate * size / 60:.0f} minutes"
+            told = f"about {rate * size / 60:.0f} min"
         lines.append(f"| {size:,} | {1000 * search:.1f} ms | {first:.1f} s | {again:.1f} s | {told} |")
         print(lines[-1], flush=True)
     lines += [

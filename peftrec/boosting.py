@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import numpy.typing as npt
 import polars as pl
 
 from peftrec.baselines import History, Known, Ties, items_known
-from peftrec.errors import ConfigError
+from peftrec.classical import optional
 
 if TYPE_CHECKING:
     from peftrec.interactions import Task
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 
 NAME = "gbdt"
+LIBRARY = ("sklearn.ensemble", "scikit-learn")  # its module, and what it is called
 GENRES = ("genres", "genre", "categories", "category", "cuisine", "tags")
 """Columns of the items table that name kinds of items, several with `|`, `,` or `;` between them; the first counts."""
 MOST_GENRES = 64
@@ -59,7 +59,7 @@ def check(names: Sequence[str]) -> None:
         ConfigError: it is not.
     """
     if NAME in names:
-        _library()
+        optional(*LIBRARY, [NAME])
 
 
 def predict(
@@ -83,10 +83,10 @@ def predict(
     Raises:
         ConfigError: scikit-learn is not installed.
     """
-    library = _library()
+    trees = optional(*LIBRARY, [NAME])
     held, valid = log.split != 0, log.split == 1
     answer = np.asarray(log.scale)[log.label]
-    stages = _stages(library, log, np.stack(list(features(log, history, ties, items).values()), axis=1), task, seed)
+    stages = _stages(trees, log, np.stack(list(features(log, history, ties, items).values()), axis=1), task, seed)
     if valid.any():
         chosen, score = min(stages, key=lambda stage: _loss(stage[1][valid[held]], answer[valid], task))
     else:
@@ -205,14 +205,3 @@ def _loss(score: Floats, answer: Floats, task: Task) -> float:
     if task == "click":
         return float(np.mean(np.logaddexp(0, np.where(answer == 1, -score, score))))
     return float(np.mean((score - answer) ** 2))
-
-
-def _library() -> Any:
-    try:
-        return import_module("sklearn.ensemble")
-    except ImportError as error:
-        found = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"eval.baselines: {NAME} cannot be grown, for scikit-learn cannot be imported ({found}); expected the "
-            "extra 'baselines': run pip install 'peftrec[baselines]', or leave it out"
-        ) from None

@@ -74,7 +74,7 @@ def check(names: Sequence[str]) -> None:
         ConfigError: it is not.
     """
     if wanted := [name for name in names if name in NAMES]:
-        _surprise(wanted)
+        optional("surprise", "scikit-surprise", wanted)
 
 
 def predict(
@@ -97,7 +97,7 @@ def predict(
     names = [name for name in NAMES if name in names]
     if not names:
         return Predictions({}, {})
-    library = _surprise(names)
+    surprise = optional("surprise", "scikit-surprise", names)
     if not len(log.items):
         return Predictions({}, {})
     known = _Known(log, history, ties)
@@ -105,7 +105,7 @@ def predict(
         _check_size(name, known)
     scores, settings = {}, {}
     for name in names:
-        predicted, settings[name] = _FIT[name](library, known, seed)
+        predicted, settings[name] = _FIT[name](surprise, known, seed)
         if task == "click":
             slope, intercept = platt(predicted[known.valid], log.label[known.valid] == 1)
             settings[name] |= {"slope": slope, "intercept": intercept}
@@ -115,13 +115,18 @@ def predict(
     return Predictions(scores, settings)
 
 
-def _surprise(names: Sequence[str]) -> Any:
+def optional(module: str, package: str, names: Sequence[str]) -> Any:
+    """A module of the extra `baselines`, which the opponents `names` need.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
     try:
-        return import_module("surprise")
+        return import_module(module)
     except ImportError as error:
         found = str(error).partition("\n")[0]
         raise ConfigError(
-            f"eval.baselines: {', '.join(names)} cannot be fitted, for scikit-surprise cannot be imported ({found}); "
+            f"eval.baselines: {', '.join(names)} cannot be fitted, for {package} cannot be imported ({found}); "
             "expected the extra 'baselines': run pip install 'peftrec[baselines]', or leave them out"
         ) from None
 

@@ -275,7 +275,7 @@ LAUNCH_RULES = (
     ),
     LaunchRule(
         "model.dtype",
-        lambda recipe, launch: launch.engine == "deepspeed" and recipe.model.dtype != "bfloat16",
+        lambda recipe, launch: launch.engine == "deepspeed" and recipe.model.dtype not in ("auto", "bfloat16"),
         "DeepSpeed computes in one type for model and adapter; set it to bfloat16, or launch without DeepSpeed",
     ),
     LaunchRule(

@@ -146,8 +146,9 @@ class Model:
     """A packaged model, a Hub model id, or a local folder."""
     revision: Text | None = None
     """Commit, tag or branch on the Hub; null is the main branch."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type of the base weights; of a quantized model's, the type of the computation and of what stays whole."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the base weights; of a quantized model's, the type of the computation and of what stays whole. `auto` is
+    bfloat16 where the processor computes in it, and float32 elsewhere; run.json says which it was."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention code of transformers."""
     trust_remote_code: bool = False

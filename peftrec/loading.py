@@ -96,7 +96,7 @@ def load_base(
         about: the adapter's `peftrec.json`.
         folder: where that is.
         base_model: see `Recommender.from_pretrained`, as all others.
-        dtype: of the base weights.
+        dtype: of the base weights; None is that of the training, or float32 where this processor has no bfloat16.
         device: where they go.
         quantize: 4bit or 8bit.
         trust_remote_code: whether the base model's own code may run.
@@ -115,7 +115,7 @@ def load_base(
     wanted = config.Model(
         name=named.name if chosen is None else str(chosen),
         revision=named.revision if chosen is None else None,
-        dtype=dtype or named.dtype,  # type: ignore[arg-type]
+        dtype=dtype or ("auto" if named.dtype == "bfloat16" else named.dtype),  # type: ignore[arg-type]
         trust_remote_code=trust_remote_code,
         load_in_4bit=quantize == "4bit",
         load_in_8bit=quantize == "8bit",

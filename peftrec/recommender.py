@@ -128,7 +128,8 @@ class Recommender:
                 taken at the revision that it was trained on; not needed while the adapter lies in the folder of its
                 run, whose recipe knows.
             device: as in torch; None is the GPU if there is one.
-            dtype: of the base weights, float32, bfloat16 or float16; None is that of the training.
+            dtype: of the base weights, float32, bfloat16 or float16; None is that of the training, but float32 for
+                bfloat16 where the processor cannot compute in it.
             prior: whether the saved prior is added to the model's score.
             strict: refuse a base model with other weights than those of the training; else warn, and say how far the
                 adapter's recorded scores are from what it answers here.

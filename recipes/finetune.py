@@ -122,7 +122,12 @@ def main() -> None:
     model = scorer.with_head(loaded.model, target.head, encoder.codec.answers)
     if start is not None:
         earlier.check(start, recipe.task, loaded.base, target, encoder.codec)
-    say(f"model: {loaded.base.name}, {loaded.base.parameters / 1e6:.0f} M parameters, on {model.device}")
+    say(
+        f"model: {loaded.base.name}, {loaded.base.parameters / 1e6:.0f} M parameters in {loaded.base.dtype}, "
+        f"on {model.device}"
+    )
+    if loaded.base.dtype == "bfloat16" and not backbone.has_bfloat16():
+        say("warning: this processor has no bfloat16 of its own and is slow in it; model.dtype: auto takes float32")
 
     # Train.
     drawn = interactions.drawn_order(len(log.user_ids), recipe.seed, "evaluated users")

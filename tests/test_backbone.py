@@ -43,6 +43,50 @@ def test_fingerprint_ignores_the_type_and_sees_one_changed_value(tiny_llama_fold
     assert backbone.fingerprint(exact.model) != halved.base.fingerprint
 
 
+class TestDtypeHere:
+    @pytest.fixture(autouse=True)
+    def _on_a_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+
+    @pytest.mark.parametrize(
+        ("able", "expected"),
+        [
+            ({"avx2": True, "avx512_bf16": False}, "float32"),
+            ({"avx512_f": True}, "float32"),
+            ({"avx512_bf16": True}, "bfloat16"),
+            ({"amx_bf16": True}, "bfloat16"),
+            ({"neon": True, "bf16": True}, "bfloat16"),
+        ],
+    )
+    def test_auto_is_what_the_processor_has(
+        self, monkeypatch: pytest.MonkeyPatch, able: dict[str, bool], expected: str
+    ) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+        assert backbone.dtype_here("auto") == expected
+        assert [backbone.dtype_here(name) for name in backbone.DTYPES] == list(backbone.DTYPES)
+
+    def test_deepspeed_computes_in_bfloat16(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        assert backbone.dtype_here("auto") == "bfloat16"
+
+    def test_a_gpu_that_emulates_it_has_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+        assert backbone.dtype_here("auto") == "float32"
+
+    @pytest.mark.parametrize("able", [{"avx512_bf16": True}, {}])
+    def test_what_was_loaded_is_recorded(
+        self, monkeypatch: pytest.MonkeyPatch, tiny_llama_folder: Path, able: dict[str, bool]
+    ) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+        loaded = backbone.load(model_at(tiny_llama_folder, dtype="auto"))
+        assert loaded.base.dtype == ("bfloat16" if able else "float32")
+        assert loaded.model.dtype == backbone.DTYPES[loaded.base.dtype]
+
+
 def test_models_differ_in_fingerprint(tiny_llama_folder: Path, tiny_qwen2_folder: Path) -> None:
     assert (
         backbone.load(model_at(tiny_llama_folder)).base.fingerprint

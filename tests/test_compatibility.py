@@ -187,7 +187,7 @@ LAUNCHES: list[tuple[dict[str, Any], tuple[Any, ...], str]] = [
     (
         {},
         ("plain", 2, "bf16"),
-        "model.dtype: bfloat16; accelerate's mixed_precision is bf16, which would round the answers",
+        "model.dtype: auto; accelerate's mixed_precision is bf16, which would round the answers",
     ),
     ({"score": {"head": "linear"}}, ("deepspeed", 2), "score.head: linear; such a head computes in float32"),
     ({"adapter": {"method": "none"}}, ("fsdp", 2), "adapter.method: none; only what is trained is cut into shards"),

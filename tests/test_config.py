@@ -519,7 +519,9 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "data": data,
         "prompt": prompt,
-        "model": draw(optional(name=names, revision=names, dtype=st.sampled_from(["float32", "bfloat16", "float16"]))),
+        "model": draw(
+            optional(name=names, revision=names, dtype=st.sampled_from(["auto", "float32", "bfloat16", "float16"]))
+        ),
         "adapter": adapter,
         "score": {} if records else draw(optional(prior=st.sampled_from(["none", "bias"]))),
         "train": {} if bare else train,

@@ -16,13 +16,13 @@ from collections.abc import Mapping
 import numpy as np
 from pages import PAGE, put
 
-from peftrec import baselines, config, interactions, report, split
+from peftrec import baselines, click_factors, config, interactions, lstm_clicks, report, split
 from peftrec.bootstrap import Interval, bootstrap
 from peftrec.looks import shown
 from peftrec.metrics import slices
 from peftrec.recommender import Recommender
 
-SCORERS = ("adapter", "base_model", "item_mean", "bias", "popularity", "global_mean")
+SCORERS = ("adapter", "base_model", "item_mean", "bias", "mf", "lstm", "popularity", "global_mean")
 
 
 def main() -> None:
@@ -56,7 +56,11 @@ def new_people(run: str) -> str:
     counted = baselines.predict(log, "frozen").scores
     scores = {"adapter": of_item[log.item[rows]]}
     # Nothing is known of a person, so the bias is that of the film.
-    scores |= {name: counted[name][rows] for name in ("item_mean", "popularity", "global_mean")}
+    counted |= {
+        "mf": click_factors.predict(log, "frozen", seed=recipe.seed).scores,
+        "lstm": lstm_clicks.predict(log, "frozen", seed=recipe.seed).scores,
+    }
+    scores |= {name: counted[name][rows] for name in SCORERS if name in counted and name != "bias"}
     user = log.user[rows]
     found = bootstrap(log.label[rows], scores, user, recipe.eval.bootstrap, recipe.seed, baselines.RANKING_ONLY)
     gaps = {name: gap["auc"] for name, gap in found.differences.items()}

@@ -1,4 +1,4 @@
-"""Tables of finished runs into docs/benchmarks.md and README.md, from what the runs recorded.
+"""Tables of finished runs into docs/benchmarks.md and, cut to the scorers, README.md, from what the runs recorded.
 
 python benchmarks/runs.py demo runs/ml-100k-click-lora-demo
 python benchmarks/runs.py main runs/ml-100k-click-lora
@@ -26,13 +26,13 @@ def main() -> None:
     cost = (
         f"Training: {train['events']:,} events and {train['tokens']:,} tokens in {train['seconds'] / 60:.1f} minutes "
         f"({train['events_per_second']:.1f} events, {train['tokens_per_second']:.0f} tokens a second) on "
-        f"{facts.hardware['cores']} cores of {facts.hardware['cpu']}; {adapter['trainable_parameters']:,} of "
-        f"{facts.model['parameters']:,} parameters; the adapter is {adapter['bytes'] / 1e6:.1f} MB; seed {facts.seed}."
+        f"{facts.hardware['cores']} cores of {facts.hardware['cpu']}, {facts.model['dtype']}; "
+        f"{adapter['trainable_parameters']:,} of {facts.model['parameters']:,} parameters; "
+        f"the adapter is {adapter['bytes'] / 1e6:.1f} MB; seed {facts.seed}."
     )
-    text = f"{comparison.markdown()}\n{cost}"
-    readme = PAGE.parent.parent / "README.md"
-    for page in (PAGE,) if arguments.place == "encoder" else (PAGE, readme):
-        put(arguments.place, text, page)
+    put(arguments.place, f"{comparison.markdown()}\n{cost}")
+    if arguments.place != "encoder":
+        put(arguments.place, f"{comparison.markdown(short=True)}\n{cost}", PAGE.parent.parent / "README.md")
 
 
 if __name__ == "__main__":

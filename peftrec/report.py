@@ -149,11 +149,13 @@ class Comparison:
         parts += [wrapped(f"warning: {line}") for line in self.warnings]
         return "\n".join(parts)
 
-    def markdown(self) -> str:
-        """The same for a page."""
+    def markdown(self, *, short: bool = False) -> str:
+        """The same for a page; `short` leaves out differences, slices and warnings."""
         parts = [f"{self._headline()} {self.knew}", pipes(self._scorers()), _LEGEND[self.task]]
         if self.resamples:
             parts[-1] += f" {self._brackets()}"
+        if short:
+            return "\n\n".join(parts) + "\n"
         if self.differences:
             parts += [f"**{shown(self.ours)} minus the other**, {self._hint()}:", pipes(self._differences())]
         if len(self.sizes) > 1:

@@ -221,6 +221,8 @@ def test_markdown_has_the_same_cells(task: Task) -> None:
     for block in page.split("\n\n"):
         if block.startswith("|"):
             assert len({line.count("|") for line in block.strip().splitlines()}) == 1
+    assert page.startswith(found.markdown(short=True).rstrip())
+    assert found.markdown(short=True).count("\n\n") == 2  # headline, scorers, legend
 
 
 def test_facts_fill_a_run_record() -> None:

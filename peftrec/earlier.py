@@ -21,8 +21,8 @@ from peftrec import adapters, artifact, lora_start
 from peftrec.backbone import BaseModel
 from peftrec.config import Adapter, Recipe
 from peftrec.errors import ModelError
-from peftrec.loading import HUB_ID
 from peftrec.loading import find as find_folder
+from peftrec.loading import is_hub_id
 from peftrec.methods import one_line
 from peftrec.prompts import Codec, WholeText
 from peftrec.schema import Reader
@@ -115,8 +115,7 @@ def find(recipe: Recipe) -> Earlier | None:
 
 def is_local(recipe: Recipe) -> bool:
     """Whether `start.adapter` names no adapter on the Hub."""
-    name = recipe.start.adapter or ""
-    return Path(name).expanduser().is_dir() or not HUB_ID.fullmatch(name)
+    return not is_hub_id(recipe.start.adapter or "")
 
 
 def _settings(adapter: Adapter) -> Any:

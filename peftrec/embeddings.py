@@ -298,7 +298,7 @@ def is_adapter(name: str, revision: str | None = None, token: str | bool | None 
         return True
     if folder.is_dir():
         return any((place / artifact.FILE).is_file() for place in (folder, folder / "adapter"))
-    if not loading.HUB_ID.fullmatch(name):
+    if not loading.is_hub_id(name):
         return False
     from huggingface_hub import file_exists, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError

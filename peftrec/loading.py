@@ -37,7 +37,7 @@ def find(
     """The folder of an adapter, from the Hub where there is no such folder.
 
     Args:
-        adapter: RUN or RUN/adapter, `namespace/name`, or `file:FOLDER`. A folder comes before a Hub id of that name.
+        adapter: RUN or RUN/adapter, `namespace/name`, or `file:FOLDER`; see `is_hub_id`.
         revision: branch, tag or commit on the Hub; None is main.
         token: as in huggingface_hub.
         endpoint: as in huggingface_hub.
@@ -49,7 +49,7 @@ def find(
     """
     name = str(adapter)
     folder = Path(name).expanduser()
-    local = name.startswith(values.FILE_TARGET) or folder.is_dir() or not HUB_ID.fullmatch(name)
+    local = name.startswith(values.FILE_TARGET) or not is_hub_id(name)
     if local and revision is not None:
         raise ModelError(f"{name}: revision {revision}; a folder has no revisions; leave it out, or name a Hub id")
     if name.startswith(values.FILE_TARGET):
@@ -61,6 +61,15 @@ def find(
         return hub.pull(name, revision, token=token, endpoint=endpoint, cache_dir=cache_dir)
     except HubError as error:
         raise HubError(*error.problems[:-1], f"{error.problems[-1]} (nor is there a folder {name})") from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is to be looked for on the Hub: it has the form of an id, and is no folder here.
+
+    Where there is a folder `runs`, `runs/typo` is a mistyped path, and asking the Hub for it would take long to say so.
+    """
+    folder = Path(name).expanduser()
+    return HUB_ID.fullmatch(name) is not None and not folder.is_dir() and not folder.parent.is_dir()
 
 
 def read_table(items: Any, columns: dict[str, str] | None, about: artifact.Artifact) -> Any:

@@ -203,11 +203,15 @@ def test_where_an_adapter_is_looked_for(
             loading.find(name, "v1")
 
 
-def test_a_mistyped_folder_is_no_riddle(tmp_path: Path) -> None:
+def test_a_mistyped_folder_is_no_riddle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(HubError, match=r"runs/typo: .*HF_HUB_OFFLINE is set.* \(nor is there a folder runs/typo\)"):
         Recommender.from_pretrained("runs/typo")
     with pytest.raises(ModelError, match=r"no such folder; expected a folder with an adapter"):
         Recommender.from_pretrained("typo")
+    (tmp_path / "runs").mkdir()  # now it can only be one of the runs there, and nobody asks the Hub
+    with pytest.raises(ModelError, match=r"runs/typo: no such folder; expected a folder with an adapter"):
+        Recommender.from_pretrained("runs/typo")
 
 
 def test_a_run_and_a_file_target(tiny_llama_folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-from peftrec.imports import after_import, around_import, compile_later
+from peftrec.imports import after_import, around_import, compile_later, import_later, scan_once
 
 if TYPE_CHECKING:
     from peftrec.config import load_recipe
@@ -70,5 +70,9 @@ def _add_pipeline() -> None:
 
 
 around_import("bitsandbytes", compile_later)
+# How objects in pictures are matched, which transformers imports with every model.
+for _part in ("deformable_detr", "for_object_detection", "grounding_dino", "lw_detr", "rf_detr", "rt_detr"):
+    import_later(f"transformers.loss.loss_{_part}", "scipy.optimize")
+after_import("transformers.utils.import_utils", scan_once)
 after_import("peft", _add_bottleneck)
 after_import("transformers.pipelines", _add_pipeline)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import builtins
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from threading import local
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 
@@ -30,7 +31,53 @@ def after_import(package: str, action: Callable[[], None]) -> None:
 def around_import(package: str, manager: Callable[[], AbstractContextManager[None]]) -> None:
     """Let whoever imports `package` first do so within `manager()`; where it has been imported, nothing happens."""
     if package not in sys.modules:
-        sys.meta_path.insert(0, _Watcher(package, lambda: None, manager))
+        sys.meta_path.insert(0, _Watcher(package, lambda: None, lambda _: manager()))
+
+
+def import_later(module: str, wanted: str) -> None:
+    """Let the functions that `module` imports from `wanted` be such that import it when they are called.
+
+    For `from wanted import f` at the top of a module of somebody else's; where `wanted` or the module has been imported
+    already, nothing happens. No other module is concerned.
+    """
+    if module not in sys.modules:
+        sys.meta_path.insert(0, _Watcher(module, lambda: None, partial(_functions_later, wanted)))
+
+
+@contextmanager
+def _functions_later(wanted: str, module: ModuleType) -> Iterator[None]:
+    ordinary = builtins.__import__
+
+    def function(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return getattr(import_module(wanted), name)(*args, **kwargs)
+
+        call.__name__ = name
+        return call
+
+    def import_here(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        if level or name != wanted or not fromlist or wanted in sys.modules:
+            return ordinary(name, globals, locals, fromlist, level)
+        return SimpleNamespace(**{one: function(one) for one in fromlist})
+
+    # The module's own view of the builtins, so that no other thread's imports are concerned.
+    module.__dict__["__builtins__"] = {**vars(builtins), "__import__": import_here}
+    try:
+        yield
+    finally:
+        module.__dict__["__builtins__"] = builtins
+
+
+def scan_once() -> None:
+    """Let transformers remember, while it is imported, what it found in the folders of its own source files.
+
+    It looks for names to export in the folders of 500 models, twice, and remembers 128 of them: too few for the second
+    time to find any.
+    """
+    module = sys.modules["transformers.utils.import_utils"]
+    scan = getattr(module, "create_import_structure_from_path", None)
+    if hasattr(scan, "cache_info"):  # else it is of another version
+        module.create_import_structure_from_path = lru_cache(maxsize=None)(scan.__wrapped__)  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -89,7 +136,7 @@ class _Watcher:
         self,
         package: str,
         action: Callable[[], None],
-        manager: Callable[[], AbstractContextManager[None]] = nullcontext,
+        manager: Callable[[ModuleType], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._package, self._action, self._manager = package, action, manager
         self._asking = local()
@@ -122,7 +169,7 @@ class _Loader:
     """The package's own loader in everything, except that a call follows once the package has run."""
 
     def __init__(
-        self, loader: Any, then: Callable[[], None], manager: Callable[[], AbstractContextManager[None]]
+        self, loader: Any, then: Callable[[], None], manager: Callable[[ModuleType], AbstractContextManager[Any]]
     ) -> None:
         self._loader, self._then, self._manager = loader, then, manager
 
@@ -133,6 +180,6 @@ class _Loader:
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
-        with self._manager():
+        with self._manager(module):
             self._loader.exec_module(module)
         self._then()

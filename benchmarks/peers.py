@@ -7,7 +7,8 @@
 The peers run in an environment of their own (benchmarks/requirements-peers.txt), in a process that stays, and so do we.
 Both are asked in turn, so that neither imports nor loading are timed and both meet the same machine; a first round
 warms up. A ratio is taken within a round; medians of the rounds are shown, with the smallest and the largest. Both have
-the same base model, LoRA, people, events and number of threads. Less than a quarter of an hour on two cores.
+the same base model, LoRA, people, events, number of threads and type of numbers: the one that `model.dtype: auto` takes
+here. A section is written as soon as it is measured; `--only` measures the others later.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SECTIONS = ("training", "scoring", "ceiling", "profile", "paper")
 WITH_PEERS = {"training", "scoring"}
 PICTURE = HERE.parent / "docs/benchmarks-peers.png"
 
-ROWS = 2  # timeline rows of 1,024 tokens in a round
+ROWS = 1  # timeline rows of 1,024 tokens in a round
 CANDIDATES, HISTORY = 100, 50
 SHORT = 10  # events of history, and candidates, of a short request
 
@@ -68,7 +69,7 @@ def main() -> None:
             facts = ours.ask("setup", device=options.device, folder=folder)
             if needs_peers:
                 theirs = _start(options.peers_python, "peers_theirs", folder, options)
-                told = {key: facts[key] for key in ("base", "encoder", "lora")}
+                told = {key: facts[key] for key in ("base", "encoder", "lora", "dtype")}
                 facts["versions"] = theirs.ask(
                     "setup", device=options.device, adapter=str(Path(folder, "causal")), **told
                 )
@@ -121,10 +122,9 @@ def in_turn(rounds: int, ways: dict[str, Callable[[], dict[str, Any]]]) -> dict[
 
 
 def best(sizes: Sequence[int], way: Callable[[int], dict[str, Any]]) -> int:
-    """The size with which `way` takes the least time; a first call warms up."""
+    """The size with which `way` takes the least time."""
     if len(sizes) == 1:
         return sizes[0]
-    way(sizes[0])
     took = {size: way(size)["seconds"] for size in sizes}
     print("batch sizes: " + ", ".join(f"{size}: {seconds:.2f} s" for size, seconds in took.items()), flush=True)
     return min(took, key=lambda size: took[size])
@@ -139,6 +139,7 @@ def training(ours: Worker, theirs: Worker, facts: dict[str, Any], options: argpa
     padded = best(options.batches, lambda size: theirs.ask("loop", rows=rows, batch=size))
     names = {
         tables.TIMELINE: lambda: ours.ask("fit", layout="timeline", size=ROWS),
+        tables.PLAIN: lambda: ours.ask("fit", layout="timeline", size=ROWS, model="plain"),
         f"TRL SFTTrainer, batches of {single}": lambda: theirs.ask("sft", rows=rows, batch=single, packing=False),
         tables.POINTWISE: lambda: ours.ask("fit", layout="pointwise", size=options.events),
         f"TRL SFTTrainer, packing, batches of {packed}": lambda: theirs.ask(
@@ -198,7 +199,7 @@ def scoring(ours: Worker, theirs: Worker, facts: dict[str, Any], options: argpar
     # In turn as well: what disturbs the machine for a while then disturbs all sizes.
     candidates: dict[int, list[float]] = {size: [] for size in tables.MANY_CANDIDATES}
     history: dict[int, list[float]] = {size: [] for size in tables.LONG_HISTORIES}
-    for turn in range(min(options.rounds, 2)):
+    for turn in range(min(options.rounds, 3)):
         for size in candidates:
             candidates[size].append(seconds(turn, HISTORY, size))
         for size in history:
@@ -207,14 +208,20 @@ def scoring(ours: Worker, theirs: Worker, facts: dict[str, Any], options: argpar
 
 
 def ceiling(ours: Worker, theirs: Any, facts: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """What matrix products and copies reach, and what training and scoring reach of that, by round."""
+    """What matrix products and copies reach, and what training and scoring reach of that, by round.
+
+    The type that is the faster one in a first look is the ceiling, whatever type we train in.
+    """
     del theirs
-    found: dict[str, list[dict[str, Any]]] = {"ceiling": [], "training": [], "forward": []}
+    ask = lambda types: ours.ask("ceiling", shape=facts["shape"], tokens=1024, types=types)  # noqa: E731
+    first = ask(["bfloat16", "float32"])
+    best_type = max(tables.TYPES, key=lambda one: tables.speed(first, one))
+    found: dict[str, Any] = {"first": first, "type": best_type, "ceiling": [], "training": [], "forward": []}
     for turn in range(options.rounds + 1):
         once = {
-            "ceiling": ours.ask("ceiling", shape=facts["shape"], tokens=1024),
-            "training": ours.ask("fit", layout="timeline", size=2),
-            "forward": ours.ask("read", rows=2),
+            "ceiling": ask([best_type]),
+            "training": ours.ask("fit", layout="timeline", size=ROWS),
+            "forward": ours.ask("read", rows=ROWS),
         }
         for name, value in once.items():
             if turn:
@@ -224,7 +231,7 @@ def ceiling(ours: Worker, theirs: Any, facts: dict[str, Any], options: argparse.
 
 def profile(ours: Worker, *_: Any) -> dict[str, Any]:
     """Milliseconds of the parts of one training step."""
-    found: dict[str, Any] = ours.ask("profile", steps=3)
+    found: dict[str, Any] = ours.ask("profile", steps=2)
     return found
 
 

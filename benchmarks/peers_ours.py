@@ -29,6 +29,7 @@ HISTORY = 50  # events that a prompt shows at most
 SCORED_TOKENS = 4096  # of a prompt: 300 events fit
 COPIED = 1 << 28  # bytes of the block that is copied
 TOGETHER = 8  # requests that are served at once
+TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KNOWN: dict[str, Any] = {}
 
 
@@ -57,6 +58,7 @@ def setup(device: str, folder: str) -> dict[str, Any]:
         recipe=recipe,
         log=log,
         model=model,
+        plain=_plain(recipe, encoders["timeline"].codec.answers),
         windows={name: one.train(None) for name, one in encoders.items()},
         texts=encoders["timeline"].texts,
         scorers={
@@ -75,6 +77,7 @@ def setup(device: str, folder: str) -> dict[str, Any]:
     key = trunk.hidden_size * trunk.num_key_value_heads // trunk.num_attention_heads
     return {
         "base": loaded.tokenizer.name_or_path,
+        "dtype": loaded.base.dtype,
         "encoder": str(assets.wheel_file(assets.ALL_MINILM_L6_V2).parent),
         "lora": {"r": recipe.adapter.r, "lora_alpha": recipe.adapter.lora_alpha}
         | {"target_modules": list(recipe.adapter.target_modules)},
@@ -87,6 +90,19 @@ def setup(device: str, folder: str) -> dict[str, Any]:
         "pointwise_tokens": KNOWN["windows"]["pointwise"].tokens / KNOWN["windows"]["pointwise"].events,
         "hardware": backbone.accelerators(),
     }
+
+
+def _plain(recipe: config.Recipe, answers: Sequence[int]) -> Any:
+    """The same model and LoRA without our kernels: PyTorch's fused attention and PEFT's layers, as in the beginning."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base, _ = backbone.with_language_head(recipe.model, AutoModelForCausalLM)
+    how = recipe.adapter
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=how.r, lora_alpha=how.lora_alpha, target_modules=list(how.target_modules)
+    )
+    return get_peft_model(scorer.answer_only(base, answers), lora)
 
 
 def _random_adapter(recipe: config.Recipe, folder: Path) -> Recommender:
@@ -182,14 +198,14 @@ def prompts(events: int) -> list[dict[str, str]]:
     return made
 
 
-def fit(layout: str, size: int) -> dict[str, float]:
-    """The main recipe's trainer over `size` timeline rows or pointwise events, once."""
+def fit(layout: str, size: int, model: str = "model") -> dict[str, float]:
+    """The main recipe's trainer over `size` timeline rows or pointwise events, once; `model` may be `plain`."""
     data = timeline_rows(size) if layout == "timeline" else pointwise_rows(size)
     recipe = KNOWN["recipe"]
     how = dataclasses.replace(recipe.train, num_train_epochs=1.0, max_steps=-1, evals=0)
     with tempfile.TemporaryDirectory() as folder:
         fitted = train.fit(
-            KNOWN["model"], data, data, Target(), lambda *_: {}, train=how, folder=Path(folder), seed=recipe.seed
+            KNOWN[model], data, data, Target(), lambda *_: {}, train=how, folder=Path(folder), seed=recipe.seed
         )
     return {"seconds": fitted.seconds, "events": data.events, "tokens": data.tokens, "looks_back": looks_back(data)}
 
@@ -268,19 +284,21 @@ def burst(users: int, begin_at: int, history: int, candidates: int) -> list[floa
 # --- ceilings ---------------------------------------------------------------------------------------------------------
 
 
-def ceiling(shape: list[int], tokens: int) -> dict[str, float]:
+def ceiling(shape: list[int], tokens: int, types: list[str]) -> dict[str, float]:
     """Matrix products of the model's own shapes, forward and back, in FLOP a second, and bytes copied a second.
 
     Args:
         shape: layers, hidden size, intermediate size, key and value size.
         tokens: rows of the activations.
+        types: of the numbers, bfloat16 or float32.
     """
     layers, hidden, inner, key = shape
     device = KNOWN["model"].device
     found: dict[str, float] = {}
     sizes = [(hidden, hidden), (key, hidden), (key, hidden), (hidden, hidden), (inner, hidden), (inner, hidden)]
     sizes.append((hidden, inner))
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+    for name in types:
+        dtype = TYPES[name]
         # Fewer layers are not enough: they would stay in the cache.
         weights = [torch.randn(size, device=device, dtype=dtype) for _ in range(layers) for size in sizes]
         inputs = {n: torch.randn(tokens, n, device=device, dtype=dtype) for n in (hidden, inner, key)}

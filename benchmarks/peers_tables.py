@@ -14,6 +14,8 @@ from breakdown import PARTS
 from peftrec.record import hardware
 
 TIMELINE, POINTWISE = "peftrec, timeline", "peftrec, one prompt an event"
+PLAIN = "peftrec, timeline, plain kernels"
+TYPES = ("bfloat16", "float32")
 OURS = "peftrec"
 KEEP_ONE = "forward, logits_to_keep=1"
 MANY_CANDIDATES = (10, 30, 100, 300)
@@ -63,6 +65,11 @@ def versions(facts: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
 
 
+def speed(once: Mapping[str, Any], dtype: str) -> float:
+    """FLOP a second of matrix products forward and back, as many of either."""
+    return 2 / (1 / float(once[f"{dtype}_forward"]) + 1 / float(once[f"{dtype}_backward"]))
+
+
 def training(found: Rounds, facts: Mapping[str, Any], options: argparse.Namespace) -> str:
     """Events learned a second."""
     lines = [
@@ -80,13 +87,15 @@ def training(found: Rounds, facts: Mapping[str, Any], options: argparse.Namespac
         [
             *lines,
             "",
-            f"SmolLM2-135M in bfloat16, LoRA r={facts['lora']['r']} on {', '.join(facts['lora']['target_modules'])}; "
+            f"SmolLM2-135M in {facts['dtype']} on both sides, "
+            f"LoRA r={facts['lora']['r']} on {', '.join(facts['lora']['target_modules'])}; "
             f"{facts['events']:,} events of {facts['people']} people of ml-100k, histories of at most 50 events in a "
             f"prompt. Medians of {options.rounds} rounds (smallest to largest); in each, all of them in turn: we "
             f"train {found[TIMELINE][0]['events']:,} events in rows of 1,024 tokens, "
             f"the others {found[POINTWISE][0]['events']} events, from the shortest history to the longest. Tokens "
             "include padding and repeated context. Forward, backward and optimizer are timed, "
-            "by a callback of the trainer; tokenizing and saving are not. "
+            "by a callback of the trainer; tokenizing and saving are not. Plain kernels are PyTorch's fused attention "
+            "and PEFT's LoRA layers, with which this package began. "
             f"{versions(facts)}; {machine(facts)}.",
         ]
     )
@@ -108,9 +117,8 @@ def scoring(found: Mapping[str, Any], facts: Mapping[str, Any], options: argpars
         "",
         f"All read the same text with the same adapter; the others one prompt for each candidate, {options.asked} "
         f"of the 100, in batches of {found['batch']} (the best of those tried), and their time is that of 100 in "
-        f"proportion. Our log-odds and those of `{KEEP_ONE}` are {np.abs(ours - theirs).mean():.3f} apart on average, "
-        "by the rounding of bfloat16 (`tests/test_recommender.py` holds them equal in float32). The pipeline gives a "
-        "word, not a score. "
+        f"proportion. In {facts['dtype']} on both sides; our log-odds and those of `{KEEP_ONE}` are "
+        f"{np.abs(ours - theirs).mean():.2g} apart on average. The pipeline gives a word, not a score. "
         f"{machine(facts)}.",
         "",
         *waits(found["waits"]),
@@ -167,24 +175,27 @@ def waits(found: Mapping[tuple[int, int, int], Sequence[float]]) -> list[str]:
     ]
 
 
-def ceiling(found: Rounds, facts: Mapping[str, Any], options: argparse.Namespace) -> str:
+def ceiling(found: Mapping[str, Any], facts: Mapping[str, Any], options: argparse.Namespace) -> str:
     """What the machine can do, and what is reached of it."""
-    lines = ["| ceiling | median (smallest to largest) |", "|---|---:|"]
-    for dtype in ("bf16", "fp32"):
-        both = [2 / (1 / one[f"{dtype}_forward"] + 1 / one[f"{dtype}_backward"]) / 1e9 for one in found["ceiling"]]
-        lines.append(f"| {dtype} matrix products, GFLOP/s | {middle(both, '.0f')} |")
-    lines.append(
-        f"| memory copy, GB/s read and written | {middle([one['copy'] / 1e9 for one in found['ceiling']], '.1f')} |"
-    )
+    best = found["type"]
+    (other,) = {*TYPES} - {best}
+    tops = [speed(one, best) / 1e9 for one in found["ceiling"]]
+    lines = [
+        "| ceiling | median (smallest to largest) |",
+        "|---|---:|",
+        f"| {best} matrix products, GFLOP/s | {middle(tops, '.0f')} |",
+        f"| {other} matrix products, GFLOP/s, once | {speed(found['first'], other) / 1e9:.0f} |",
+        f"| memory copy, GB/s read and written | {middle([one['copy'] / 1e9 for one in found['ceiling']], '.1f')} |",
+    ]
     lines += [
         "",
-        "| of the bf16 ceiling | tokens a second | share | attention's products counted |",
+        f"| in {facts['dtype']}, of the {best} ceiling | tokens a second | share | attention's products counted |",
         "|---|---:|---:|---:|",
     ]
     for name, flop in (("training", 4), ("forward", 2)):
         shares, whole, speeds = [], [], []
         for one, top in zip(found[name], found["ceiling"], strict=True):
-            ways = [top["bf16_forward"], top["bf16_backward"] if name == "training" else top["bf16_forward"]]
+            ways = [top[f"{best}_forward"], top[f"{best}_{'backward' if name == 'training' else 'forward'}"]]
             speeds.append(one["tokens"] / one["seconds"])
             shares.append(100 * speeds[-1] * flop * top["parameters"] * sum(1 / way for way in ways) / 2)
             layers, hidden = facts["shape"][:2]
@@ -196,7 +207,8 @@ def ceiling(found: Rounds, facts: Mapping[str, Any], options: argparse.Namespace
             *lines,
             "",
             "Matrix products have the shapes of the model's linear layers for 1,024 tokens, forward and back, over as "
-            "many weights as the model has. Counted are 4 FLOP for each parameter outside the embeddings "
+            "many weights as the model has, in the type that is the faster one here. Counted are 4 FLOP for "
+            "each parameter outside the embeddings "
             f"({found['ceiling'][0]['parameters'] / 1e6:.0f} million) and token in training and 2 in the forward; "
             "attention, LoRA, norms and optimizer count as nothing and take their time. In the last column attention's "
             "products count as well, with the keys that are not hidden. "

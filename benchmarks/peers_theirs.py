@@ -20,15 +20,18 @@ from trl import SFTConfig, SFTTrainer
 from workers import serve
 
 MOST_TOKENS = 1024  # of a training row
+TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KNOWN: dict[str, Any] = {}  # what setup and the first call of a function leave for the next ones
 
 
-def setup(device: str, base: str, adapter: str, encoder: str, lora: dict[str, Any]) -> dict[str, str]:
+def setup(device: str, dtype: str, base: str, adapter: str, encoder: str, lora: dict[str, Any]) -> dict[str, str]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    KNOWN.update(device=device, base=base, adapter=adapter, encoder=encoder, lora=lora, tokenizer=tokenizer)
+    KNOWN.update(
+        device=device, dtype=TYPES[dtype], base=base, adapter=adapter, encoder=encoder, lora=lora, tokenizer=tokenizer
+    )
     import peft
     import sentence_transformers
     import trl
@@ -37,7 +40,7 @@ def setup(device: str, base: str, adapter: str, encoder: str, lora: dict[str, An
 
 
 def base_model() -> Any:
-    return AutoModelForCausalLM.from_pretrained(KNOWN["base"], dtype=torch.bfloat16).to(KNOWN["device"])
+    return AutoModelForCausalLM.from_pretrained(KNOWN["base"], dtype=KNOWN["dtype"]).to(KNOWN["device"])
 
 
 def seconds_now() -> float:
@@ -82,7 +85,7 @@ class CountTokens:
         return batch
 
 
-def sft(rows: list[dict[str, str]], batch: int, packing: bool, autocast: bool = True) -> dict[str, float]:
+def sft(rows: list[dict[str, str]], batch: int, packing: bool) -> dict[str, float]:
     """TRL's SFTTrainer over `rows` once; the loss counts the completion only."""
     if "sft" not in KNOWN:
         KNOWN["sft"] = to_train()
@@ -98,7 +101,7 @@ def sft(rows: list[dict[str, str]], batch: int, packing: bool, autocast: bool = 
                 packing=packing,
                 completion_only_loss=True,
                 gradient_checkpointing=False,
-                bf16=autocast,
+                bf16=KNOWN["dtype"] is torch.bfloat16,
                 use_cpu=KNOWN["device"] == "cpu",
                 save_strategy="no",
                 report_to="none",

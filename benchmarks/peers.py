@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,17 +217,18 @@ def ceiling(ours: Worker, theirs: Any, facts: dict[str, Any], options: argparse.
     ask = lambda types: ours.ask("ceiling", shape=facts["shape"], tokens=1024, types=types)  # noqa: E731
     first = ask(["bfloat16", "float32"])
     best_type = max(tables.TYPES, key=lambda one: tables.speed(first, one))
-    found: dict[str, Any] = {"first": first, "type": best_type, "ceiling": [], "training": [], "forward": []}
+    rows = {"timeline": ROWS, "short": 2 * ROWS}
+    parts: dict[str, Callable[[], dict[str, Any]]] = {"ceiling": lambda: ask([best_type])}
+    for layout, count in rows.items():
+        parts[f"training {layout}"] = partial(ours.ask, "fit", layout=layout, size=count)
+        parts[f"forward {layout}"] = partial(ours.ask, "read", layout=layout, rows=count)
+    found: dict[str, Any] = {name: [] for name in parts}
     for turn in range(options.rounds + 1):
-        once = {
-            "ceiling": ask([best_type]),
-            "training": ours.ask("fit", layout="timeline", size=ROWS),
-            "forward": ours.ask("read", rows=ROWS),
-        }
-        for name, value in once.items():
+        for name, part in parts.items():
+            once = part()
             if turn:
-                found[name].append(value)
-    return found
+                found[name].append(once)
+    return {"first": first, "type": best_type, **found}
 
 
 def profile(ours: Worker, *_: Any) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def setup(device: str, folder: str) -> dict[str, Any]:
     single = dataclasses.replace(
         recipe.prompt, layout="pointwise", max_history=HISTORY, overlap=config.Prompt().overlap
     )
-    layouts = {"timeline": recipe.prompt, "pointwise": single}
+    short = dataclasses.replace(recipe.prompt, max_tokens=recipe.prompt.max_tokens // 2)
+    layouts = {"timeline": recipe.prompt, "short": short, "pointwise": single}
     encoders = {
         name: encode.Encoder(few, prompt, loaded.tokenizer, recipe.eval.ties) for name, prompt in layouts.items()
     }
@@ -153,9 +154,9 @@ def spread(sizes: Sequence[float], count: int) -> list[int]:
     return picked
 
 
-def timeline_rows(rows: int) -> WindowDataset:
-    """Rows of the main recipe with few to many events."""
-    data = KNOWN["windows"]["timeline"]
+def timeline_rows(rows: int, layout: str = "timeline") -> WindowDataset:
+    """Rows of the main recipe with few to many events; of half their length for `short`."""
+    data = KNOWN["windows"][layout]
     part = copy.copy(data)
     part.rows = [data.rows[i] for i in spread([_events(data[i]) for i in range(len(data))], rows)]
     part.events = sum(_events(part[i]) for i in range(rows))
@@ -200,7 +201,7 @@ def prompts(events: int) -> list[dict[str, str]]:
 
 def fit(layout: str, size: int, model: str = "model") -> dict[str, float]:
     """The main recipe's trainer over `size` timeline rows or pointwise events, once; `model` may be `plain`."""
-    data = timeline_rows(size) if layout == "timeline" else pointwise_rows(size)
+    data = pointwise_rows(size) if layout == "pointwise" else timeline_rows(size, layout)
     recipe = KNOWN["recipe"]
     how = dataclasses.replace(recipe.train, num_train_epochs=1.0, max_steps=-1, evals=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -210,9 +211,9 @@ def fit(layout: str, size: int, model: str = "model") -> dict[str, float]:
     return {"seconds": fitted.seconds, "events": data.events, "tokens": data.tokens, "looks_back": looks_back(data)}
 
 
-def read(rows: int) -> dict[str, float]:
+def read(rows: int, layout: str) -> dict[str, float]:
     """Scores of the events of timeline rows: the forward alone."""
-    data = timeline_rows(rows)
+    data = timeline_rows(rows, layout)
     begin = seconds_now()
     scorer.score_rows(KNOWN["model"], data, range(rows))
     return {"seconds": seconds_now() - begin, "tokens": data.tokens, "looks_back": looks_back(data)}

@@ -16,6 +16,12 @@ from peftrec.record import hardware
 TIMELINE, POINTWISE = "peftrec, timeline", "peftrec, one prompt an event"
 PLAIN = "peftrec, timeline, plain kernels"
 TYPES = ("bfloat16", "float32")
+CEILING_ROWS = (
+    ("training short", "training, rows of 512 tokens", 4),
+    ("training timeline", "training, rows of 1,024 tokens", 4),
+    ("forward short", "forward, rows of 512 tokens", 2),
+    ("forward timeline", "forward, rows of 1,024 tokens", 2),
+)
 OURS = "peftrec"
 KEEP_ONE = "forward, logits_to_keep=1"
 MANY_CANDIDATES = (10, 30, 100, 300)
@@ -192,16 +198,16 @@ def ceiling(found: Mapping[str, Any], facts: Mapping[str, Any], options: argpars
         f"| in {facts['dtype']}, of the {best} ceiling | tokens a second | share | attention's products counted |",
         "|---|---:|---:|---:|",
     ]
-    for name, flop in (("training", 4), ("forward", 2)):
+    for name, words, flop in CEILING_ROWS:
         shares, whole, speeds = [], [], []
         for one, top in zip(found[name], found["ceiling"], strict=True):
-            ways = [top[f"{best}_forward"], top[f"{best}_{'backward' if name == 'training' else 'forward'}"]]
+            ways = [top[f"{best}_forward"], top[f"{best}_{'backward' if flop == 4 else 'forward'}"]]
             speeds.append(one["tokens"] / one["seconds"])
             shares.append(100 * speeds[-1] * flop * top["parameters"] * sum(1 / way for way in ways) / 2)
             layers, hidden = facts["shape"][:2]
             attention = 4 * layers * hidden * one["looks_back"] * (flop - 1)  # forward once, back twice
             whole.append(shares[-1] * (1 + attention / (flop * top["parameters"])))
-        lines.append(f"| {name} | {middle(speeds, '.0f')} | {middle(shares, '.0f')} % | {middle(whole, '.0f')} % |")
+        lines.append(f"| {words} | {middle(speeds, '.0f')} | {middle(shares, '.0f')} % | {middle(whole, '.0f')} % |")
     return "\n".join(
         [
             *lines,

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 NAME = "peftrec_blocks"
-QUERY_BLOCK = 128
+QUERY_BLOCKS = {torch.float32: 64, torch.bfloat16: 128}
+"""Queries of a block: fewer leave out more of what is hidden, more make larger products, which bfloat16's need."""
 LEAST_HIDDEN = 64  # keys: for fewer it does not pay to gather those that are seen
 
 
@@ -72,7 +73,7 @@ def _blocks(mask: torch.Tensor) -> list[Block]:
     """What there is to compute under a mask; looked up once, since all layers of a model have the same one."""
     known: list[Block] | None = getattr(mask, "_blocks", None)
     if known is None:
-        cuts = [*range(0, mask.shape[2], QUERY_BLOCK), mask.shape[2]]
+        cuts = [*range(0, mask.shape[2], QUERY_BLOCKS.get(mask.dtype, 128)), mask.shape[2]]
         known = [_block(mask, slice(begin, end)) for begin, end in pairwise(cuts)]
         mask._blocks = known  # type: ignore[attr-defined]
     return known

@@ -96,13 +96,16 @@ def kind_of(model: config.Model) -> Kind:
         return _kind(source, options)
 
 
-def load(model: config.Model, target: Target | None = None, *, token: str | bool | None = None) -> Backbone:
+def load(
+    model: config.Model, target: Target | None = None, *, token: str | bool | None = None, known: str | None = None
+) -> Backbone:
     """Load the base model that a recipe (or a saved adapter) names.
 
     Args:
         model: the recipe's section; `name` is a packaged model, a local folder or a Hub id.
         target: what its outputs are to be: a head that is trained has so many. None is answer tokens.
         token: for the Hub, as in huggingface_hub.
+        known: fingerprint of weights that an adapter was trained on, which were found causal then.
 
     Raises:
         AssetError: a packaged model cannot be fetched.
@@ -138,20 +141,22 @@ def load(model: config.Model, target: Target | None = None, *, token: str | bool
     quantization = quantized.settle(loaded, model, whole)
     absent = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
     loaded = heads.prepare(loaded, kind, target.head, absent)
+    new = {name: p.numel() for name, p in loaded.named_parameters() if p.requires_grad}
+    found = fingerprint(loaded, whole, new)
     if kind == "causal":
-        _check_causal(model.name, loaded, [] if trained else absent)
+        if found != known:
+            _check_causal(model.name, loaded, [] if trained else absent)
         if model.attn_implementation == "sdpa" and not on_gpu:
             # Only now: transformers has checked that this architecture can do without eager attention's extras.
             loaded.set_attn_implementation(attention.register())
     fused.install(loaded)
     packaged = assets.MODELS.get(model.name)
-    new = {name: p.numel() for name, p in loaded.named_parameters() if p.requires_grad}
     name = Path(model.name).name if Path(model.name).is_dir() else model.name
     base = BaseModel(
         name=name,
         hub_id=(packaged.hub_id if packaged else None) or name,
         revision=_commit(source, model.revision),
-        fingerprint=fingerprint(loaded, whole, new),
+        fingerprint=found,
         parameters=loaded.num_parameters() - sum(new.values()),
         dtype=model.dtype,
         license=packaged.license if packaged else None,

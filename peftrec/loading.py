@@ -130,7 +130,7 @@ def load_base(
         load_in_8bit=quantize == "8bit",
     )
     try:
-        loaded = backbone.load(wanted, target_of(about), token=token)
+        loaded = backbone.load(wanted, target_of(about), token=token, known=named.fingerprint)
     except ModelError as error:
         if chosen is not None:
             raise

@@ -38,7 +38,7 @@ def run(parts: tuple[torch.Tensor, ...], training: bool = False, **options: Any)
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (20, 20), (5, 17), (1, 9)])
 def test_equals_sdpa(monkeypatch: pytest.MonkeyPatch, queries: int, keys: int, key_heads: int) -> None:
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 8)  # several blocks, the last not full
+    monkeypatch.setitem(attention.QUERY_BLOCKS, torch.float32, 8)  # several blocks, the last not full
     parts = [part.requires_grad_(part.shape[-1] == 8) for part in random_case(queries, keys, key_heads)[:3]]
     mask = random_case(queries, keys, key_heads)[3]
     expected = F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True).transpose(1, 2)
@@ -60,7 +60,7 @@ def segments(lengths: list[int]) -> torch.Tensor:
 
 def test_hidden_keys_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 8 over texts of 8, 8, and 4 and 4 tokens: each has no keys but its own 8."""
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
+    monkeypatch.setitem(attention.QUERY_BLOCKS, torch.float32, 8)
     blocks = attention._blocks(segments([8, 8, 4, 4]))
     assert [one.queries for one in blocks] == [slice(0, 8), slice(8, 16), slice(16, 24)]
     assert [one.keys for one in blocks] == [slice(0, 8), slice(8, 16), slice(16, 24)]
@@ -76,7 +76,7 @@ def test_a_mask_is_looked_at_once() -> None:
 @pytest.mark.parametrize("least", [1, 64])
 def test_keys_with_a_gap_between_them(monkeypatch: pytest.MonkeyPatch, least: int) -> None:
     """Candidates see the history and themselves; what lies between is gathered away, or masked."""
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+    monkeypatch.setitem(attention.QUERY_BLOCKS, torch.float32, 4)
     monkeypatch.setattr(attention, "LEAST_HIDDEN", least)
     event = torch.tensor([0] * 6 + [1] * 4 + [2] * 4 + [3] * 4)
     seen = ((event[:, None] == event[None]) | (event[None] == 0)).tril()

@@ -94,6 +94,17 @@ def test_models_differ_in_fingerprint(tiny_llama_folder: Path, tiny_qwen2_folder
     )
 
 
+def test_weights_that_are_known_are_not_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch, tiny_llama_folder: Path
+) -> None:
+    known = backbone.load(model_at(tiny_llama_folder)).base.fingerprint
+    looks: list[str] = []
+    monkeypatch.setattr(backbone, "_check_causal", lambda name, *_: looks.append(name))
+    for given in (known, "0" * 64, None):
+        assert backbone.load(model_at(tiny_llama_folder), known=given).base.fingerprint == known
+    assert len(looks) == 2
+
+
 def test_an_encoder_has_no_next_token(tiny_bert_folder: Path) -> None:
     with pytest.raises(ModelError, match=r"score.head: tokens; .*tiny-bert.* is an encoder.*; expected a causal"):
         backbone.load(model_at(tiny_bert_folder))

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 
-from peftrec.imports import after_import, around_import, compile_later, without_collection
+from peftrec.imports import after_import, around_import, compile_later, import_later, without_collection
 
 NAME = "a_package_to_wait_for"
 
@@ -24,14 +24,14 @@ NAME = "a_package_to_wait_for"
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An importable package that nobody has imported; its file, to write other code into."""
-    finders = list(sys.meta_path)
+    known, finders = sys.meta_path, list(sys.meta_path)  # a test may put another list in its place
     folder = tmp_path / NAME
     folder.mkdir()
     (folder / "__init__.py").write_text("value = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield folder / "__init__.py"
     sys.modules.pop(NAME, None)
-    sys.meta_path[:] = finders
+    known[:] = finders
 
 
 @pytest.fixture
@@ -165,6 +165,39 @@ def test_around_the_first_import_only(package: Path, fired: list[int]) -> None:
     assert set(sys.meta_path) <= set(finders)
 
 
+def test_a_function_is_imported_when_it_is_called(package: Path) -> None:
+    large = package.with_name("large.py")
+    large.write_text("def double(x, times=2):\n    return times * x\n")
+    package.write_text(f"from json import dumps\nfrom {NAME}.large import double\nimport math\n")
+    import_later(NAME, f"{NAME}.large")
+    module = importlib.import_module(NAME)
+    assert f"{NAME}.large" not in sys.modules
+    assert (module.dumps([1]), module.math.floor(1.5)) == ("[1]", 1)
+    assert (module.double.__name__, module.double(4), module.double(4, times=3)) == ("double", 8, 12)
+    assert sys.modules.pop(f"{NAME}.large").double is not module.double
+    assert module.__dict__["__builtins__"] is sys.modules["builtins"]
+
+
+def test_what_is_there_is_taken_as_it_is(package: Path) -> None:
+    package.write_text("from json.tool import main\n")
+    real = importlib.import_module("json.tool")
+    import_later(NAME, "json.tool")
+    assert importlib.import_module(NAME).main is real.main
+
+
+def test_transformers_looks_through_its_sources_once() -> None:
+    code = (
+        "import peftrec, transformers, transformers.models.llama as one;"
+        "from transformers.utils.import_utils import create_import_structure_from_path as scan;"
+        "folder = one.__path__[0];"
+        "print(scan.cache_info().hits, scan(folder) == scan.__wrapped__(folder) != {})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found_again, same = done.stdout.split()
+    assert int(found_again) > 100
+    assert same == "True"
+
+
 def test_compiles_when_called(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -212,10 +245,14 @@ def test_the_collector_rests_while_something_loads() -> None:
 
 
 # Each takes from a tenth of a second to several, and answering needs none of them.
-IDLE = ("datasets", "matplotlib", "pandas", "sklearn", "torch._inductor.compile_fx", "tensorboard", "ray")
+IDLE = (
+    *("datasets", "matplotlib", "numpy.f2py", "pandas", "ray", "scipy", "sklearn", "tensorboard"),
+    "torch._inductor.compile_fx",
+)
 
 
 def test_a_recommender_imports_nothing_idle() -> None:
-    code = f"import sys, peftrec.recommender; print(*sorted({set(IDLE)!r} & sys.modules.keys()))"
+    imports = "sys, peftrec.recommender, transformers.models.llama.modeling_llama"
+    code = f"import {imports}; print(*sorted({set(IDLE)!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

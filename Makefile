@@ -1,7 +1,7 @@
 # make demo   fine-tune a small language model into a click predictor, measure it, and rank films for one person
 # make test   lint, types and every test
 # make lint   the first two of these
-# make bench  measure side by side with what people would use instead, and write docs/benchmarks.md; a quarter of an hour
+# make bench  measure side by side with what people would use instead, and write docs/benchmarks.md
 # make clean  remove .venv, .venv-peers and caches; runs/ stays
 #
 # All of them work in .venv, which is built when it is missing or older than pyproject.toml or constraints.txt.

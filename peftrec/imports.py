@@ -74,10 +74,10 @@ def scan_once() -> None:
     It looks for names to export in the folders of 500 models, twice, and remembers 128 of them: too few for the second
     time to find any.
     """
-    module = sys.modules["transformers.utils.import_utils"]
-    scan = getattr(module, "create_import_structure_from_path", None)
+    module: Any = sys.modules["transformers.utils.import_utils"]
+    scan: Any = getattr(module, "create_import_structure_from_path", None)
     if hasattr(scan, "cache_info"):  # else it is of another version
-        module.create_import_structure_from_path = lru_cache(maxsize=None)(scan.__wrapped__)  # type: ignore[attr-defined]
+        module.create_import_structure_from_path = lru_cache(maxsize=None)(scan.__wrapped__)
 
 
 @contextmanager

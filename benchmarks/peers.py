@@ -46,6 +46,7 @@ def main() -> None:
     )
     parser.add_argument("--batches", type=int, nargs="+", default=[2, 4], help="batch sizes that peers may try")
     parser.add_argument("--requests", type=int, default=16, help="timed for p50 and p99, at least")
+    parser.add_argument("--users", type=int, nargs="+", default=tables.USERS, help="who ask at the same moment")
     parser.add_argument(
         "--asked",
         type=int,
@@ -195,7 +196,7 @@ def scoring(ours: Worker, theirs: Worker, facts: dict[str, Any], options: argpar
             for wait in ours.ask("burst", users=users, begin_at=turn * users, history=history, candidates=candidates)
         ]
         for history, candidates in ((HISTORY, CANDIDATES), (SHORT, SHORT))
-        for users in tables.USERS
+        for users in options.users
     }
     # In turn as well: what disturbs the machine for a while then disturbs all sizes.
     candidates: dict[int, list[float]] = {size: [] for size in tables.MANY_CANDIDATES}

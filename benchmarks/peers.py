@@ -215,11 +215,11 @@ def ceiling(ours: Worker, theirs: Any, facts: dict[str, Any], options: argparse.
     The type that is the faster one in a first look is the ceiling, whatever type we train in.
     """
     del theirs
-    ask = lambda types: ours.ask("ceiling", shape=facts["shape"], tokens=1024, types=types)  # noqa: E731
-    first = ask(["bfloat16", "float32"])
+    ask = partial(ours.ask, "ceiling", shape=facts["shape"])
+    first = ask(tokens=tables.FIRST_LOOK, types=tables.TYPES)
     best_type = max(tables.TYPES, key=lambda one: tables.speed(first, one))
     rows = {"timeline": ROWS, "short": 2 * ROWS}
-    parts: dict[str, Callable[[], dict[str, Any]]] = {"ceiling": lambda: ask([best_type])}
+    parts: dict[str, Callable[[], dict[str, Any]]] = {"ceiling": partial(ask, tokens=1024, types=[best_type])}
     for layout, count in rows.items():
         parts[f"training {layout}"] = partial(ours.ask, "fit", layout=layout, size=count)
         parts[f"forward {layout}"] = partial(ours.ask, "read", layout=layout, rows=count)

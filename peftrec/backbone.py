@@ -117,7 +117,7 @@ def load(
 
     target = target or Target()
     trained = target.head != "tokens"
-    model = dataclasses.replace(model, dtype=dtype_here(model.dtype))
+    model = dataclasses.replace(model, dtype=dtype_here(model.dtype))  # type: ignore[arg-type]
     source, options = _source(model)
     options |= {} if token is None else {"token": token}
     on_gpu = has_gpu()
@@ -326,8 +326,9 @@ def dtype_here(wanted: str) -> str:
 def has_bfloat16() -> bool:
     """Whether the processor that the model goes to has instructions for bfloat16."""
     if has_gpu():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that we take
+        on_gpu: bool = torch.cuda.is_bf16_supported(including_emulation=False)
+        return on_gpu
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that we take
     return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 

@@ -134,10 +134,10 @@ class Prior:
         Returns:
             Shape (c,).
         """
-        chance = chances(self._item_log_odds(history_items))
+        chance = chances(self.of_items(history_items))
         gap = float(np.sum(np.asarray(history_labels, dtype=np.float64) - chance))
         variance = float(np.sum(chance * (1 - chance)))
-        return _bias(self._item_log_odds(candidate_items), gap, variance, self.user_shrinkage)
+        return _bias(self.of_items(candidate_items), gap, variance, self.user_shrinkage)
 
     def to_json(self) -> str:
         """One JSON object; `from_json` gives an equal prior back."""
@@ -164,7 +164,8 @@ class Prior:
             ) from None
         return prior
 
-    def _item_log_odds(self, items: Sequence[Any]) -> Floats:
+    def of_items(self, items: Sequence[Any]) -> Floats:
+        """Log-odds of items by a person of whom nothing is known, (c,)."""
         return self.mean + np.array([self.items.get(str(item), 0.0) for item in items], dtype=np.float64)
 
 
@@ -376,12 +377,23 @@ def platt(
         centre: what stands for an even chance.
         slope: of the log-odds there: that of the tangent, 4 where a like is 1 and a dislike 0.
     """
-    prior = np.array([slope, -slope * centre])
     design = np.stack([predicted, np.ones_like(predicted)], axis=1)
+    found = logistic(design, liked, np.array([slope, -slope * centre]))
+    return float(found[0]), float(found[1])
+
+
+def logistic(design: Floats, liked: npt.NDArray[np.bool_], prior: Floats) -> Floats:
+    """Weights (d,) of log-odds `design @ weights`, by Newton steps under a Gaussian prior around `prior` (d,).
+
+    Args:
+        design: (n, d).
+        liked: (n,).
+        prior: where the weights are without rows, each with a deviation of one.
+    """
     found = prior
     for _ in range(_NEWTON_STEPS):
         chance = chances(np.clip(design @ found, -30, 30))
         gradient = (chance - liked) @ design + (found - prior)
-        curvature = (design * (chance * (1 - chance))[:, None]).T @ design + np.eye(2)
+        curvature = (design * (chance * (1 - chance))[:, None]).T @ design + np.eye(len(prior))
         found = found - np.linalg.solve(curvature, gradient)
-    return float(found[0]), float(found[1])
+    return found

@@ -153,19 +153,22 @@ def features(log: Log, history: History, ties: Ties = "isolate", items: History 
 
 def _of_genres(log: Log, user: Known, gap: Floats) -> dict[str, Floats]:
     """How the person took to the kinds that the row's item is of; nothing where the items table names no kinds."""
-    column = next((name for name in GENRES if name in log.items.columns), None)
-    if column is None:
+    met, taken, members = np.zeros(len(log)), np.zeros(len(log)), list(kinds(log.items))
+    if not members:
         return {}
-    met, taken = np.zeros(len(log)), np.zeros(len(log))
-    for of_kind in _kinds(log.items[column]):
+    for of_kind in members:
         member = np.append(of_kind, False)[log.item]
         met += member * user.sum(member)
         taken += member * user.sum(member * gap)
     return {"genre_events": met, "genre_gap": taken / (met + _MATCH_SHRINKAGE)}
 
 
-def _kinds(column: pl.Series) -> Iterator[npt.NDArray[np.bool_]]:
+def kinds(items: pl.DataFrame) -> Iterator[npt.NDArray[np.bool_]]:
     """For each kind that several items are of, the most frequent first, which they are (items,)."""
+    name = next((name for name in GENRES if name in items.columns), None)
+    if name is None:
+        return
+    column = items[name]
     if isinstance(column.dtype, pl.List):
         lists = column.cast(pl.List(pl.String))
     else:
@@ -181,7 +184,7 @@ def _kinds(column: pl.Series) -> Iterator[npt.NDArray[np.bool_]]:
 
 def _of_years(log: Log, user: Known) -> dict[str, Floats]:
     """The item's year, and how far it is from those that the person met; nothing where no item has one."""
-    year = _years(log.items)[log.item]
+    year = years(log.items)[log.item]
     if np.isnan(year).all():
         return {}
     known = ~np.isnan(year)
@@ -189,7 +192,7 @@ def _of_years(log: Log, user: Known) -> dict[str, Floats]:
     return {"year": year, "year_gap": year - np.divide(total, count, out=np.full(len(log), np.nan), where=count > 0)}
 
 
-def _years(items: pl.DataFrame) -> Floats:
+def years(items: pl.DataFrame) -> Floats:
     """Of a column `year`, else of a title's end in brackets, (items + 1,): the last is that of a row without item."""
     if "year" in items.columns:
         text = items["year"].cast(pl.String)
@@ -197,8 +200,8 @@ def _years(items: pl.DataFrame) -> Floats:
         text = items["title"].cast(pl.String).str.extract(r"\((\d{4})\)\s*$")
     else:
         return np.full(len(items) + 1, np.nan)
-    years = text.cast(pl.Float64, strict=False).fill_null(np.nan).to_numpy()
-    return np.append(years, np.nan)
+    found = text.cast(pl.Float64, strict=False).fill_null(np.nan).to_numpy()
+    return np.append(found, np.nan)
 
 
 def _loss(score: Floats, answer: Floats, task: Task) -> float:

@@ -252,9 +252,9 @@ class Score:
     output: the log-odds of a click, or the rating."""
     loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
     """Of the answers' probabilities, or of the expected rating."""
-    prior: Literal["none", "bias", "mf"] = "none"
+    prior: Literal["none", "bias", "mf", "bpmf"] = "none"
     """`bias`: the model learns what the closed-form user and item bias leaves over; `mf`: what matrix
-    factorisation does."""
+    factorisation does; `bpmf`: what Bayesian matrix factorisation with side information does."""
 
 
 @dataclass(frozen=True)
@@ -350,11 +350,15 @@ class Eval:
     user_groups: Annotated[list[Text], Distinct] = field(default_factory=list)
     """Columns of the users table (age, gender) by which test rows are reported apart, too."""
     baselines: Annotated[
-        list[Literal["user_mean", "item_mean", "bias", "mf", "item_knn", "svd", "svdpp", "gbdt", "lstm", "popularity"]],
+        list[
+            Literal[
+                "user_mean", "item_mean", "bias", "mf", "bpmf", "item_knn", "svd", "svdpp", "gbdt", "lstm", "popularity"
+            ]
+        ],
         Distinct,
     ] = field(default_factory=lambda: ["item_mean", "bias", "popularity"])
     """Scorers reported beside the model. `user_mean` is for ratings, `mf` is matrix factorisation by alternating least
-    squares, `lstm` (clicks) two embeddings and an LSTM over a person's events; `item_knn`, `svd`, `svdpp` and `gbdt`
+    squares, `bpmf` Bayesian matrix factorisation with what is known of items, `lstm` (clicks) two embeddings and an LSTM over a person's events; `item_knn`, `svd`, `svdpp` and `gbdt`
     (boosted trees on counts and genres) need the extra: pip install 'peftrec[baselines]'."""
     base_model: bool = True
     """Also score the base model without the adapter."""

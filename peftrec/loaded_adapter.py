@@ -247,10 +247,8 @@ class LoadedAdapter:
             return None
         met = [_prior_id(event.item) for event in question.events]
         asked = [_prior_id(item) for item in question.candidates]
-        labels = [event.label for event in question.events]
-        if isinstance(self.prior, RatingPrior):
-            return self.prior.scores(met, [self.target.scale[label] for label in labels], asked)
-        return self.prior.scores(met, labels, asked)
+        answers = [self.target.scale[event.label] for event in question.events]
+        return self.prior.scores(met, answers, asked)
 
     def _outputs(self, questions: Sequence[Question]) -> list[Outputs]:
         if self.prompt.template is None:

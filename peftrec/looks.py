@@ -22,6 +22,7 @@ LABELS = {
     "user_mean": "user mean",
     "bias": "user+item bias",
     "mf": "matrix factorisation",
+    "bpmf": "Bayesian MF",
     "item_knn": "item k-NN",
     "svd": "SVD",
     "svdpp": "SVD++",

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from peftrec import baselines, boosting, classical, click_factors, lstm_clicks, rating_baselines
-from peftrec.baselines import History, Prior
+from peftrec import baselines, boosting, bpmf, classical, click_factors, lstm_clicks, rating_baselines
+from peftrec.baselines import History, Prior, Shrinkage
+from peftrec.bpmf import BpmfPrior
 from peftrec.click_factors import ClickFactors
 from peftrec.rating_baselines import RatingPrior
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from peftrec.split import Log
 
 
-SavedPrior = Prior | ClickFactors | RatingPrior
+SavedPrior = Prior | ClickFactors | RatingPrior | BpmfPrior
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def prior_from_json(task: Literal["click", "rating"], text: str) -> SavedPrior:
     Raises:
         ModelError: the text is none.
     """
+    if f'"{bpmf.NAME}"' in text[:20]:
+        return BpmfPrior.from_json(text)
     if task == "rating":
         return RatingPrior.from_json(text)
     return (ClickFactors if '"factors"' in text[:20] else Prior).from_json(text)
@@ -76,6 +79,7 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
     check(recipe)
     wanted = dict.fromkeys((*evaluation.baselines, "global_mean", *(() if kind == "none" else (kind,))))
     saved: SavedPrior | None = None
+    clicks: baselines.Predictions | None = None
     if recipe.task == "click":
         clicks = baselines.predict(log, evaluation.history, evaluation.ties, items=items)
         found, settings = clicks.scores, dataclasses.asdict(clicks.shrinkage)
@@ -93,8 +97,14 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
             log, evaluation.history, evaluation.ties, recipe.train.order, seed=recipe.seed, names=tuple(wanted)
         )
         found, settings = ratings.scores, dataclasses.asdict(ratings.settings)
-        if kind != "none":
+        if kind in ("bias", "mf"):
             saved = rating_baselines.fit_prior(log, kind, ratings.settings, recipe.seed)
+    if bpmf.NAME in wanted and len(log.items):
+        ways = evaluation.history, evaluation.ties, recipe.train.order
+        item_mean = (found["item_mean"], _item_mean(log, clicks.shrinkage)) if clicks else None
+        bayes = bpmf.predict(log, *ways, item_mean, recipe.seed, training=kind == bpmf.NAME)
+        found, settings = {**found, bpmf.NAME: bayes.scores}, {**settings, bpmf.NAME: bayes.settings}
+        saved = bayes.prior if kind == bpmf.NAME else saved
     prior = None if kind == "none" else found[kind].astype(np.float32)
     others = classical.predict(log, evaluation.baselines, evaluation.history, evaluation.ties, recipe.task, recipe.seed)
     found, settings = {**found, **others.scores}, {**settings, **dict(others.settings)}
@@ -105,3 +115,8 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
         name: found[name] for name in wanted if name in found and (name != kind or name in evaluation.baselines)
     }
     return Opponents(reported, prior, saved, settings)
+
+
+def _item_mean(log: Log, shrinkage: Shrinkage) -> Prior:
+    """The item mean of all training events."""
+    return baselines.fit_prior(log, Shrinkage(item=shrinkage.item_mean))

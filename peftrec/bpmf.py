@@ -1,0 +1,303 @@
+"""Bayesian matrix factorisation as opponent and prior: `bpmf`, for clicks and ratings.
+
+A row knows what it knows in matrix factorisation (`peftrec/rating_baselines.py`): the items' side comes from all training
+rows, for a training row from those of other users, drawn into groups; the person's side from the events that the row may
+know of its user. The items table says what items have in common: kinds and years (`peftrec/boosting.py`).
+
+Clicks are fitted as 0 and 1. Log-odds are then weighted together from what comes out and the item mean, by three
+numbers fitted on the validation rows: a streaming item mean counts what others did since training, too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peftrec import bayes_factors, boosting
+from peftrec.baselines import History, Prior, Ties, logistic
+from peftrec.bayes_factors import KEPT_FACTORS, TRAITS, Posterior
+from peftrec.errors import DataError, ModelError
+from peftrec.interactions import drawn_order
+from peftrec.people import held_people, training_people
+
+if TYPE_CHECKING:
+    from peftrec.rating_baselines import Order
+    from peftrec.split import Log
+
+Floats = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.bool_]
+
+NAME = "bpmf"
+MOST_EVENTS = 5_000_000
+"""Training events are read some hundred times over: an hour for so many."""
+
+_GROUPS = 5
+_LEAST_VARIANCE = 0.02  # of answers, where almost all are one
+# What a saved prior may hold: far beyond any fit, and small enough that no sum overflows and no system is singular.
+_LARGEST, _LARGEST_FACTOR, _SMALLEST = 1e6, 1e3, 1e-6
+
+
+@dataclass(frozen=True)
+class LogOdds:
+    """How log-odds of a like come about.
+
+    Attributes:
+        slope: of what the factorisation predicts.
+        item_slope: of the log-odds of the item mean.
+        intercept: added to both.
+        item_mean: of all training events.
+    """
+
+    slope: float
+    item_slope: float
+    intercept: float
+    item_mean: Prior
+
+    def of(self, predicted: Floats, item_mean: Floats) -> Floats:
+        """(n,) and (n,) -> (n,)."""
+        found: Floats = self.slope * predicted + self.item_slope * item_mean + self.intercept
+        return found
+
+
+@dataclass(frozen=True)
+class BpmfPrior:
+    """The items' side after all training events, small enough to travel with an adapter.
+
+    Attributes:
+        mean: mean answer.
+        deviation: of the answers.
+        shrinkage: events of no kind that a person's traits start from (d,).
+        items: item id as a string -> effect, r factors, d traits, d leanings (`bayes_factors.Posterior`); other items have
+            zeros.
+        bounds: lowest and highest answer.
+        log_odds: for clicks.
+    """
+
+    mean: float
+    deviation: float
+    shrinkage: tuple[float, ...]
+    items: Mapping[str, tuple[float, ...]]
+    bounds: tuple[float, float]
+    log_odds: LogOdds | None
+
+    def scores(
+        self, history_items: Sequence[Any], history_answers: Sequence[float], candidate_items: Sequence[Any]
+    ) -> Floats:
+        """Ratings or log-odds of candidates by one person, equal to those of a frozen test row with this history.
+
+        Args:
+            history_items: item ids that the person has met, shape (h,); may be empty.
+            history_answers: 0 or 1, or the rating, for each, shape (h,).
+            candidate_items: item ids to score, shape (c,).
+
+        Returns:
+            Shape (c,).
+        """
+        answers = np.asarray(history_answers, dtype=np.float64)
+        told = self._posterior.told(self._codes(history_items), answers, self._codes(candidate_items))
+        if self.log_odds is None:
+            return np.clip(told, *self.bounds)
+        return self.log_odds.of(told, self.log_odds.item_mean.of_items(candidate_items))
+
+    def to_json(self) -> str:
+        """One JSON object; `from_json` gives an equal prior back."""
+        found: dict[str, Any] = {NAME: 1, **{field.name: getattr(self, field.name) for field in fields(self)}}
+        if self.log_odds is not None:
+            numbers = {name: getattr(self.log_odds, name) for name in ("slope", "item_slope", "intercept")}
+            found["log_odds"] = {**numbers, "item_mean": json.loads(self.log_odds.item_mean.to_json())}
+        return json.dumps(found, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> BpmfPrior:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ModelError: anything else.
+        """
+        try:
+            return _checked_prior(json.loads(text))
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            names = ", ".join(field.name for field in fields(cls))
+            raise ModelError(
+                f"prior: {error}; expected {NAME} 1 and {names}, in numbers; fetch the adapter again"
+            ) from None
+
+    @cached_property
+    def _code(self) -> dict[str, int]:
+        return {item: code for code, item in enumerate(self.items)}
+
+    @cached_property
+    def _posterior(self) -> Posterior:
+        d = len(self.shrinkage)
+        width = len(next(iter(self.items.values()), (0.0,) * (1 + 2 * d)))
+        rows = np.zeros((len(self.items) + 1, width))
+        rows[:-1] = np.array(list(self.items.values())).reshape(-1, width)
+        effect, factors, traits, leanings = np.split(rows, [1, width - 2 * d, width - d], axis=1)
+        shrinkage = np.array(self.shrinkage, dtype=np.float64)
+        return Posterior(self.mean, self.deviation, effect[:, 0], factors, traits, leanings, shrinkage)
+
+    def _codes(self, items: Sequence[Any]) -> npt.NDArray[np.int64]:
+        return np.array([self._code.get(str(item), -1) for item in items], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Scores of every row of a log.
+
+    Attributes:
+        scores: log-odds of a like, or ratings within the scale, float64 (n,); nan in training rows where they were not
+            asked for.
+        prior: the same for whomever the adapter meets later.
+        settings: what was chosen on the validation rows.
+    """
+
+    scores: Floats
+    prior: BpmfPrior
+    settings: dict[str, float]
+
+
+def predict(
+    log: Log,
+    history: History,
+    ties: Ties = "isolate",
+    order: Order = "time",
+    item_mean: tuple[Floats, Prior] | None = None,
+    seed: int = 13,
+    *,
+    training: bool = True,
+) -> Predictions:
+    """Score all rows by what is known of each.
+
+    Args:
+        log: all splits, with items.
+        history: what validation and test rows know of their user.
+        ties: whether a row knows its user's events of the same timestamp that stand before it.
+        order: what training rows know of their user.
+        item_mean: for clicks, its log-odds in each row (n,), and those of all training events; none for ratings.
+        seed: draws the groups of users and the samples.
+        training: whether training rows are scored, which takes five more fits.
+
+    Raises:
+        DataError: the log is too large.
+    """
+    train = log.split == 0
+    if (events := int(train.sum())) > MOST_EVENTS:
+        raise DataError(f"{NAME} with {events:,} training events; expected at most {MOST_EVENTS:,}; leave it out")
+    known, answer = side_information(log), np.asarray(log.scale)[log.label]
+
+    def fitted(rows: Rows) -> Posterior:
+        return bayes_factors.fit(
+            log.user[rows], log.item[rows], answer[rows], known, (log.scale[0] + log.scale[-1]) / 2, seed
+        )
+
+    whole, found = fitted(train), np.full(len(log), np.nan)
+    for person in held_people(log, ~train, history, ties):
+        found[person.rows] = whole.from_earlier(
+            log.item[person.events], answer[person.events], person.known, log.item[person.rows]
+        )
+    if training:
+        for rows in _groups(log, train, seed):
+            if rows.any():
+                _score_training(found, log, rows, fitted(train & ~rows), order, ties)
+    log_odds = None
+    if item_mean is not None:
+        in_rows, of_all = item_mean
+        weights = _weights(found, in_rows, log, whole.mean)
+        log_odds = LogOdds(*weights, of_all)
+    found = np.clip(found, log.scale[0], log.scale[-1]) if log_odds is None else log_odds.of(found, in_rows)
+    settings = {} if log_odds is None else dict(zip(("slope", "item_slope", "intercept"), weights, strict=True))
+    return Predictions(found, _prior(log, whole, log_odds), settings)
+
+
+def side_information(log: Log) -> Floats:
+    """Kinds and years of items in numbers around one (items, g); no numbers where the items table names none."""
+    columns = [of_kind.astype(np.float64) for of_kind in boosting.kinds(log.items)]
+    years = boosting.years(log.items)[:-1]
+    if (has_year := ~np.isnan(years)).any():
+        spread = float(years[has_year].std()) or 1.0
+        columns.append(np.where(has_year, (years - years[has_year].mean()) / spread, 0.0))
+    return np.stack(columns, axis=1) if columns else np.zeros((len(log.items), 0))
+
+
+def _groups(log: Log, train: Rows, seed: int) -> Iterator[Rows]:
+    """Training rows of each group of users."""
+    group = np.empty(len(log.user_ids), dtype=np.int64)
+    group[drawn_order(len(group), seed, f"{NAME} groups")] = np.arange(len(group)) % _GROUPS
+    return (train & (group[log.user] == number) for number in range(_GROUPS))
+
+
+def _score_training(found: Floats, log: Log, rows: Rows, items: Posterior, order: Order, ties: Ties) -> None:
+    """Write into `found` what the training `rows`, all those of some users, are told by items from other users."""
+    answer = np.asarray(log.scale)[log.label]
+    for person in training_people(log.keep(rows), ties):
+        own = np.flatnonzero(rows)[person.rows]
+        if order == "random":
+            found[own] = items.left_out(log.item[own], answer[own])
+        else:
+            found[own] = items.from_earlier(log.item[own], answer[own], person.known, log.item[own])
+
+
+def _weights(predicted: Floats, item_mean: Floats, log: Log, mean: float) -> tuple[float, float, float]:
+    """Of prediction and item mean in log-odds, by the validation rows; the tangent's where there are none."""
+    valid, variance = log.split == 1, max(mean * (1 - mean), _LEAST_VARIANCE)
+    centre = math.log((mean + _LEAST_VARIANCE) / (1 - mean + _LEAST_VARIANCE))
+    start = np.array([1 / variance, 0.0, centre - mean / variance])
+    design = np.stack([predicted[valid], item_mean[valid], np.ones(int(valid.sum()))], axis=1)
+    slope, item_slope, intercept = logistic(design, log.label[valid] == 1, start).tolist()
+    return slope, item_slope, intercept
+
+
+def _prior(log: Log, items: Posterior, log_odds: LogOdds | None) -> BpmfPrior:
+    rows = np.concatenate([items.effect[:, None], items.factors, items.traits, items.leanings], axis=1)[:-1]
+    ids = log.items.get_column("item_id").to_list()
+    return BpmfPrior(
+        items.mean,
+        items.deviation,
+        tuple(items.shrinkage.tolist()),
+        {str(each): tuple(row) for each, row in zip(ids, rows.tolist(), strict=True)},
+        (log.scale[0], log.scale[-1]),
+        log_odds,
+    )
+
+
+def _checked_prior(found: Any) -> BpmfPrior:
+    """The prior in parsed JSON.
+
+    Raises:
+        ValueError: says what is wrong; TypeError, KeyError and AttributeError where the shape is another one.
+    """
+    if set(found) != {NAME, *(field.name for field in fields(BpmfPrior))} or found[NAME] != 1:
+        raise ValueError(f"keys {sorted(found)}")
+    low, high = (_number(each, _LARGEST) for each in found["bounds"])
+    shrinkage = tuple(_number(each, _LARGEST) for each in found["shrinkage"])
+    items = {
+        item: (_number(effect, _LARGEST), *(_number(each, _LARGEST_FACTOR) for each in rest))
+        for item, (effect, *rest) in found["items"].items()
+    }
+    sizes = {len(row) for row in items.values()}
+    if len(sizes) > 1 or any(not 0 <= size - 1 - 2 * len(shrinkage) <= KEPT_FACTORS for size in sizes):
+        raise ValueError("items with different or wrong numbers of factors")
+    deviation = _number(found["deviation"], _LARGEST)
+    if low >= high or deviation < _SMALLEST or len(shrinkage) > TRAITS or any(each < _SMALLEST for each in shrinkage):
+        raise ValueError("bounds, deviation or shrinkage out of range")
+    given = found["log_odds"]
+    log_odds = None
+    if given is not None:
+        if set(given) != {field.name for field in fields(LogOdds)}:
+            raise ValueError(f"log_odds with keys {sorted(given)}")
+        numbers = [_number(given[name], _LARGEST) for name in ("slope", "item_slope", "intercept")]
+        log_odds = LogOdds(*numbers, Prior.from_json(json.dumps(given["item_mean"])))
+    return BpmfPrior(_number(found["mean"], _LARGEST), deviation, shrinkage, items, (low, high), log_odds)
+
+
+def _number(found: Any, largest: float) -> float:
+    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) <= largest:
+        raise ValueError("a number out of range")
+    return float(found)

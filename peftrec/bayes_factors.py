@@ -5,8 +5,8 @@ Carlo", ICML 2008), where the mean of an item's factors follows from what is kno
 from what the person chose (Simm et al., "Macau: scalable Bayesian factorization with high-dimensional side
 information", MLSP 2017). Gibbs sampling draws items, people and all variances in turn.
 
-A draw makes the answers of a person to all items jointly normal. The draws are averaged into one such normal: its mean is an
-effect and a leaning to what the person chose for each item, its covariance is cut to a few factors. So what a
+A draw makes the answers of a person to all items jointly normal. The draws are averaged into one such normal: its mean
+is an effect of each item and its leanings to what the person chose, its covariance is cut to a few factors. So what a
 person will answer is a ridge fit of the events that are known of that person, as in `peftrec/factors.py`.
 """
 
@@ -39,9 +39,9 @@ _BLOCK = 1024
 class Posterior:
     """What is known of items; the last row of each is that of an unknown item, all zeros.
 
-    Answers are `mean + deviation * (effect + leaning . traits of the person + factors . part of the person)`. The traits
-    of a person are the sum of those of the items met, divided by their number and `shrinkage`; the part of the person is the
-    ridge fit, with a penalty of one, of what effects and leanings leave of the known answers.
+    Answers are `mean + deviation * (effect + leanings . traits of the person + factors . part of the person)`. The
+    traits of a person are the sum of those of the items met, divided by their number plus `shrinkage`; the part of the
+    person is the ridge fit, with a penalty of one, of what effects and leanings leave of the known answers.
 
     Attributes:
         mean: mean answer.
@@ -195,7 +195,7 @@ def _traits(user: Codes, item: Codes, items: int, seed: int) -> _Traits:
     traits = np.where(met, (found - centre) / np.sqrt(between), 0.0)
     beside = np.where(met, (found - centre) / np.sqrt(within + between), 0.0)
     shrinkage = np.round(within / between, _DIGITS)
-    traits = np.round(traits, _DIGITS)
+    traits = np.round(traits, _DIGITS).astype(np.float64)
     return _Traits(traits, shrinkage, by_user.sums(traits[item]) / (of_user[:, None] + shrinkage), beside)
 
 
@@ -238,7 +238,8 @@ class _Draws:
         root = np.concatenate(self._covariance, axis=1) / np.sqrt(self._number)
         weighted = np.sqrt(np.bincount(item, minlength=len(root)) + 1.0)[:, None] * root
         _, directions = np.linalg.eigh(weighted.T @ weighted)
-        return root @ directions[:, ::-1][:, :KEPT_FACTORS]
+        found: Floats = root @ directions[:, ::-1][:, :KEPT_FACTORS]
+        return found
 
 
 def _draws(user: Codes, item: Codes, value: Floats, known: Floats, traits: _Traits, seed: int) -> _Draws:
@@ -274,7 +275,7 @@ def _hyper(generator: np.random.Generator, drawn: Floats, known: Floats) -> tupl
     mean = np.linalg.solve(gram, known.T @ drawn)
     left = drawn - known @ mean
     scatter = np.eye(width) + left.T @ left + _SIDE_PENALTY * mean.T @ mean
-    precision = _wishart(generator, rows + width, np.linalg.inv(scatter))
+    precision = _wishart(generator, rows + width, np.asarray(np.linalg.inv(scatter), dtype=np.float64))
     spread = np.linalg.cholesky(np.linalg.inv(gram)), np.linalg.cholesky(np.linalg.inv(precision))
     return mean + spread[0] @ generator.standard_normal(mean.shape) @ spread[1].T, precision
 

@@ -1,8 +1,8 @@
 """Bayesian matrix factorisation as opponent and prior: `bpmf`, for clicks and ratings.
 
-A row knows what it knows in matrix factorisation (`peftrec/rating_baselines.py`): the items' side comes from all training
-rows, for a training row from those of other users, drawn into groups; the person's side from the events that the row may
-know of its user. The items table says what items have in common: kinds and years (`peftrec/boosting.py`).
+A row knows what it knows in matrix factorisation (`peftrec/rating_baselines.py`): the items' side comes from all
+training rows, for a training row from those of other users, drawn into groups; the person's side from the events that
+the row may know of its user. The items table says what items have in common: kinds and years (`peftrec/boosting.py`).
 
 Clicks are fitted as 0 and 1. Log-odds are then weighted together from what comes out and the item mean, by three
 numbers fitted on the validation rows: a streaming item mean counts what others did since training, too.
@@ -39,6 +39,7 @@ MOST_EVENTS = 5_000_000
 """Training events are read some hundred times over: an hour for so many."""
 
 _GROUPS = 5
+_WEIGHTS = ("slope", "item_slope", "intercept")
 _LEAST_VARIANCE = 0.02  # of answers, where almost all are one
 # What a saved prior may hold: far beyond any fit, and small enough that no sum overflows and no system is singular.
 _LARGEST, _LARGEST_FACTOR, _SMALLEST = 1e6, 1e3, 1e-6
@@ -74,8 +75,8 @@ class BpmfPrior:
         mean: mean answer.
         deviation: of the answers.
         shrinkage: events of no kind that a person's traits start from (d,).
-        items: item id as a string -> effect, r factors, d traits, d leanings (`bayes_factors.Posterior`); other items have
-            zeros.
+        items: item id as a string -> effect, r factors, d traits, d leanings (`bayes_factors.Posterior`); other items
+            have zeros.
         bounds: lowest and highest answer.
         log_odds: for clicks.
     """
@@ -110,7 +111,7 @@ class BpmfPrior:
         """One JSON object; `from_json` gives an equal prior back."""
         found: dict[str, Any] = {NAME: 1, **{field.name: getattr(self, field.name) for field in fields(self)}}
         if self.log_odds is not None:
-            numbers = {name: getattr(self.log_odds, name) for name in ("slope", "item_slope", "intercept")}
+            numbers = {name: getattr(self.log_odds, name) for name in _WEIGHTS}
             found["log_odds"] = {**numbers, "item_mean": json.loads(self.log_odds.item_mean.to_json())}
         return json.dumps(found, allow_nan=False)
 
@@ -206,14 +207,13 @@ def predict(
         for rows in _groups(log, train, seed):
             if rows.any():
                 _score_training(found, log, rows, fitted(train & ~rows), order, ties)
-    log_odds = None
-    if item_mean is not None:
-        in_rows, of_all = item_mean
-        weights = _weights(found, in_rows, log, whole.mean)
-        log_odds = LogOdds(*weights, of_all)
-    found = np.clip(found, log.scale[0], log.scale[-1]) if log_odds is None else log_odds.of(found, in_rows)
-    settings = {} if log_odds is None else dict(zip(("slope", "item_slope", "intercept"), weights, strict=True))
-    return Predictions(found, _prior(log, whole, log_odds), settings)
+    if item_mean is None:
+        return Predictions(np.clip(found, log.scale[0], log.scale[-1]), _prior(log, whole, None), {})
+    in_rows, of_all = item_mean
+    weights = _weights(found, in_rows, log, whole.mean)
+    log_odds = LogOdds(*weights, of_all)
+    settings = dict(zip(_WEIGHTS, weights, strict=True))
+    return Predictions(log_odds.of(found, in_rows), _prior(log, whole, log_odds), settings)
 
 
 def side_information(log: Log) -> Floats:
@@ -292,8 +292,8 @@ def _checked_prior(found: Any) -> BpmfPrior:
     if given is not None:
         if set(given) != {field.name for field in fields(LogOdds)}:
             raise ValueError(f"log_odds with keys {sorted(given)}")
-        numbers = [_number(given[name], _LARGEST) for name in ("slope", "item_slope", "intercept")]
-        log_odds = LogOdds(*numbers, Prior.from_json(json.dumps(given["item_mean"])))
+        slope, item_slope, intercept = (_number(given[name], _LARGEST) for name in _WEIGHTS)
+        log_odds = LogOdds(slope, item_slope, intercept, Prior.from_json(json.dumps(given["item_mean"])))
     return BpmfPrior(_number(found["mean"], _LARGEST), deviation, shrinkage, items, (low, high), log_odds)
 
 

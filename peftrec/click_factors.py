@@ -41,7 +41,7 @@ class ClickFactors:
     intercept: float
 
     def scores(
-        self, history_items: Sequence[Any], history_labels: Sequence[int], candidate_items: Sequence[Any]
+        self, history_items: Sequence[Any], history_labels: Sequence[float], candidate_items: Sequence[Any]
     ) -> Floats:
         """Log-odds for candidates of one person, equal to `mf` of a frozen test row with this history.
 

@@ -358,8 +358,9 @@ class Eval:
         Distinct,
     ] = field(default_factory=lambda: ["item_mean", "bias", "popularity"])
     """Scorers reported beside the model. `user_mean` is for ratings, `mf` is matrix factorisation by alternating least
-    squares, `bpmf` Bayesian matrix factorisation with what is known of items, `lstm` (clicks) two embeddings and an LSTM over a person's events; `item_knn`, `svd`, `svdpp` and `gbdt`
-    (boosted trees on counts and genres) need the extra: pip install 'peftrec[baselines]'."""
+    squares, `bpmf` Bayesian matrix factorisation with genres, years and what a person chose, `lstm` (clicks) two
+    embeddings and an LSTM over a person's events; `item_knn`, `svd`, `svdpp` and `gbdt` (boosted trees on counts and
+    genres) need the extra: pip install 'peftrec[baselines]'."""
     base_model: bool = True
     """Also score the base model without the adapter."""
     max_valid_rows: Count | None = None

@@ -18,7 +18,6 @@ from peftrec.errors import DataError, ModelError
 from peftrec.metrics import chances
 from peftrec.opponents import SavedPrior
 from peftrec.prompts import ANSWER_MARK, Codec, Pieces, user_texts, with_user
-from peftrec.rating_baselines import RatingPrior
 from peftrec.side_vectors import BITS, Asked, Sources, Table
 from peftrec.target import Target
 from peftrec.timeline import WindowDataset

@@ -182,7 +182,7 @@ def fit_prior(log: Log, shrinkage: Shrinkage | None = None) -> Prior:
     return Prior(float(_logit(mean)), items, shrinkage.user)
 
 
-class _Earlier:
+class Earlier:
     """Sums over the rows of the same key that are strictly earlier in time.
 
     Rows are sorted by key and time once; then such a sum is a difference of two cumulative sums.
@@ -226,9 +226,9 @@ class Known:
         self._train, self._held = train, ~train
         self._train_key, self._held_key = key[train] + 1, key[self._held] + 1
         self._keys = int(key.max(initial=-1)) + 2
-        self._in_training = _Earlier(key[train], time[train])
-        self._in_held = _Earlier(key[self._held], time[self._held]) if held_knows == "streaming" else None
-        self._in_all = _Earlier(key, time) if held_knows == "past" else None
+        self._in_training = Earlier(key[train], time[train])
+        self._in_held = Earlier(key[self._held], time[self._held]) if held_knows == "streaming" else None
+        self._in_all = Earlier(key, time) if held_knows == "past" else None
 
     def sum(self, value: npt.NDArray[Any]) -> Floats:
         """Sum of `value` over the rows that each row knows, (n,) -> (n,)."""

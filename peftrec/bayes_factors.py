@@ -30,6 +30,7 @@ _SIDE_PENALTY = 5.0  # on weights of side information, in units of the factors' 
 _POWER_ROUNDS = 12
 _RARE = 10.0  # events at the centre that an item's traits start from
 _LEAST_BETWEEN = 0.01  # of what differs within people: less than that between them is taken for noise
+_ROUNDING = 1e-12
 _DIGITS = 6
 # Systems solved at once, and rows summed at once: enough to hide the calls, small enough for any machine.
 _BLOCK = 1024
@@ -190,11 +191,13 @@ def _traits(user: Codes, item: Codes, items: int, seed: int) -> _Traits:
     centre = own.mean(axis=0)
     within = np.sum((found[item] - own[user]) ** 2, axis=0) / max(len(item) - users, 1)
     between = np.mean((own - centre) ** 2, axis=0) - within * np.mean(1 / of_user)
-    between = np.maximum(np.maximum(between, _LEAST_BETWEEN * within), np.finfo(float).tiny)
+    # Where all people are alike, what rounding leaves of their differences is no difference.
+    nothing = _ROUNDING * np.mean(found[item] ** 2, axis=0) + np.finfo(float).tiny
+    between = np.maximum(np.maximum(between, _LEAST_BETWEEN * within), nothing)
     met = (of_item > 0)[:, None]
     traits = np.where(met, (found - centre) / np.sqrt(between), 0.0)
     beside = np.where(met, (found - centre) / np.sqrt(within + between), 0.0)
-    shrinkage = np.round(within / between, _DIGITS)
+    shrinkage = np.round(np.maximum(within / between, 1.0), _DIGITS)
     traits = np.round(traits, _DIGITS).astype(np.float64)
     return _Traits(traits, shrinkage, by_user.sums(traits[item]) / (of_user[:, None] + shrinkage), beside)
 

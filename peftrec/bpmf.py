@@ -4,8 +4,11 @@ A row knows what it knows in matrix factorisation (`peftrec/rating_baselines.py`
 training rows, for a training row from those of other users, drawn into groups; the person's side from the events that
 the row may know of its user. The items table says what items have in common: kinds and years (`peftrec/boosting.py`).
 
-Clicks are fitted as 0 and 1. Log-odds are then weighted together from what comes out and the item mean, by three
-numbers fitted on the validation rows: a streaming item mean counts what others did since training, too.
+Under a streaming history a held-out row also knows what others said of its item since training, as the item mean does:
+by how much they were above what they had been expected to say, shrunk.
+
+Clicks are fitted as 0 and 1. Log-odds are then weighted together from what comes out and those of the item mean, by
+three numbers fitted on the validation rows.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peftrec import bayes_factors, boosting
-from peftrec.baselines import History, Prior, Ties, logistic
+from peftrec.baselines import Earlier, History, Prior, Ties, logistic
 from peftrec.bayes_factors import KEPT_FACTORS, TRAITS, Posterior
 from peftrec.errors import DataError, ModelError
 from peftrec.interactions import drawn_order
@@ -39,6 +42,7 @@ MOST_EVENTS = 5_000_000
 """Training events are read some hundred times over: an hour for so many."""
 
 _GROUPS = 5
+_NEWS_SHRINKAGE = 40.0  # events that were as expected
 _WEIGHTS = ("slope", "item_slope", "intercept")
 _LEAST_VARIANCE = 0.02  # of answers, where almost all are one
 # What a saved prior may hold: far beyond any fit, and small enough that no sum overflows and no system is singular.
@@ -173,6 +177,7 @@ def predict(
     seed: int = 13,
     *,
     training: bool = True,
+    items: History | None = None,
 ) -> Predictions:
     """Score all rows by what is known of each.
 
@@ -184,6 +189,7 @@ def predict(
         item_mean: for clicks, its log-odds in each row (n,), and those of all training events; none for ratings.
         seed: draws the groups of users and the samples.
         training: whether training rows are scored, which takes five more fits.
+        items: what validation and test rows know of items; as of their user if left out.
 
     Raises:
         DataError: the log is too large.
@@ -203,6 +209,8 @@ def predict(
         found[person.rows] = whole.from_earlier(
             log.item[person.events], answer[person.events], person.known, log.item[person.rows]
         )
+    if (items or history) == "streaming":
+        found[~train] += _news(log, answer - found, ~train)
     if training:
         for rows in _groups(log, train, seed):
             if rows.any():
@@ -224,6 +232,13 @@ def side_information(log: Log) -> Floats:
         spread = float(years[has_year].std()) or 1.0
         columns.append(np.where(has_year, (years - years[has_year].mean()) / spread, 0.0))
     return np.stack(columns, axis=1) if columns else np.zeros((len(log.items), 0))
+
+
+def _news(log: Log, surprise: Floats, held: Rows) -> Floats:
+    """What held-out events, (n,), strictly earlier in time tell of each one's item, (held-out rows,)."""
+    earlier, has_item = Earlier(log.item[held], log.timestamp[held]), log.item[held] >= 0
+    told: Floats = earlier.sum(surprise[held] * has_item) / (earlier.sum(has_item) + _NEWS_SHRINKAGE)
+    return told
 
 
 def _groups(log: Log, train: Rows, seed: int) -> Iterator[Rows]:

@@ -102,7 +102,7 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
     if bpmf.NAME in wanted and len(log.items):
         ways = evaluation.history, evaluation.ties, recipe.train.order
         item_mean = (found["item_mean"], _item_mean(log, clicks.shrinkage)) if clicks else None
-        bayes = bpmf.predict(log, *ways, item_mean, recipe.seed, training=kind == bpmf.NAME)
+        bayes = bpmf.predict(log, *ways, item_mean, recipe.seed, training=kind == bpmf.NAME, items=items)
         found, settings = {**found, bpmf.NAME: bayes.scores}, {**settings, bpmf.NAME: bayes.settings}
         saved = bayes.prior if kind == bpmf.NAME else saved
     prior = None if kind == "none" else found[kind].astype(np.float32)

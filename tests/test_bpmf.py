@@ -162,6 +162,14 @@ def test_answers_all_alike_are_expected_again() -> None:
     assert learned.told(np.array([1]), np.ones(1), np.array([0])) == pytest.approx([1.0], abs=0.5)
 
 
+def test_people_who_all_met_the_same_differ_in_nothing() -> None:
+    user, item = np.repeat(np.arange(6), 3), np.tile(np.arange(3), 6)
+    learned = bayes_factors.fit(user, item, (item == 0).astype(float), np.zeros((3, 0)), 0.5, 13)
+    assert np.abs(learned.traits).max() < 100
+    told = learned.told(np.zeros(0, dtype=np.int64), np.zeros(0), np.arange(3))
+    assert told[0] > max(told[1:]) + 0.3
+
+
 # --- what a row may know ----------------------------------------------------------------------------------------------
 
 
@@ -222,6 +230,18 @@ def test_a_held_out_row_knows_no_held_out_answer_from_its_own_moment_on(task: st
     assert abs(raw(earlier, "streaming", "time")[row] - before[row]) > 0.01
     frozen = raw(log, "frozen", "time")
     assert raw(flipped(log, held), "frozen", "time")[held] == pytest.approx(frozen[held])
+
+
+def test_a_streaming_row_knows_what_others_said_of_its_film_since_training() -> None:
+    """Forty answers since training that were .5 above what was expected: half of that is believed."""
+    log = two_tastes("rating", 200)
+    log = replace(log, item=np.zeros(200, dtype=np.int32), timestamp=np.arange(200), split=np.repeat([0, 2], 100))
+    news = bpmf._news(log, np.full(200, 0.5), log.split == 2)
+    assert news[[0, 1, 40]] == pytest.approx([0, 0.5 / 41, 0.25])
+    unknown = replace(log, item=np.full(200, -1, dtype=np.int32))
+    assert not bpmf._news(unknown, np.full(200, 0.5), log.split == 2).any()
+    frozen_items = bpmf.predict(log, "streaming", items="frozen", training=False).scores
+    assert np.nanmax(np.abs(bpmf.predict(log, "streaming", training=False).scores - frozen_items)) > 0
 
 
 # --- what is saved ----------------------------------------------------------------------------------------------------

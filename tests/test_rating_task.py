@@ -217,9 +217,10 @@ def launched(script: str, *arguments: Any, expect: int = 0) -> subprocess.Comple
 
 
 class TestRecipe:
-    def test_random_folds_with_a_prior(self, tables: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("prior", ["mf", "bpmf"])
+    def test_random_folds_with_a_prior(self, tables: Path, tiny_llama_folder: Path, tmp_path: Path, prior: str) -> None:
         run = tmp_path / "run"
-        done = launched("finetune.py", "--config", recipe(tables, tiny_llama_folder, run))
+        done = launched("finetune.py", "--config", recipe(tables, tiny_llama_folder, run, score=f"{{prior: {prior}}}"))
         found = record.read_record(run)
         assert found.task == "rating"
         assert {f"test/{name}" for name in ("rmse", "mae", "exact", "uauc", "ndcg@10", "ece")} <= found.metrics.keys()

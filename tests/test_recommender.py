@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from samples import FILMS, PRIOR
 
 from peftrec import adapters, artifact, backbone, config, encode, scorer
+from peftrec.bpmf import BpmfPrior, LogOdds
 from peftrec.catalogue import Catalogue, read_history, read_items
 from peftrec.errors import DataError, ModelError
 from peftrec.prompts import WholeText
@@ -385,6 +386,18 @@ def test_the_prior_is_added_and_knows_what_the_prompt_leaves_out(
     np.testing.assert_allclose(
         liked.score(history, [12]), recommender.score(history[1:], [12]) + expected[:1], atol=1e-5
     )
+
+
+def test_a_prior_of_bayesian_factors_is_added(load: Callable[..., Recommender], recommender: Recommender) -> None:
+    items = {"10": (0.5, 1.0, 0.1, 0.2), "11": (-0.5, 0.5, 0.3, 0.0), "12": (0.0, 2.0, -0.1, 1.0)}
+    bayes = BpmfPrior(0.5, 0.5, (2.0,), items, (0.0, 1.0), LogOdds(4.0, 0.2, -2.0, PRIOR))
+    with_prior = load()
+    with_prior.adapters["default"].prior = bayes
+    history = ["Heat (1995):no", "Toy Story (1995):yes", "Fargo (1996):yes"]
+    added = with_prior.score(history, ["Sabrina (1954)", "Unheard Of"]) - recommender.score(
+        history, ["Sabrina (1954)", "Unheard Of"]
+    )
+    np.testing.assert_allclose(added, bayes.scores([10, 11, "?"], [0, 1, 1], [12, "?"]), atol=1e-5)
 
 
 def test_the_oldest_events_are_left_out(recommender: Recommender) -> None:

@@ -184,22 +184,23 @@ def _traits(user: Codes, item: Codes, items: int, seed: int) -> _Traits:
     weight_user, weight_item = 1 / np.sqrt(of_user)[:, None], 1 / np.sqrt(of_item + _RARE)[:, None]
     found = np.random.Generator(np.random.PCG64([seed, zlib.crc32(b"traits")])).standard_normal((items, d))
     for _ in range(_POWER_ROUNDS):
-        people = weight_user * by_user.sums((weight_item * found)[item])
-        found, _ = np.linalg.qr(weight_item * by_item.sums((weight_user * people)[user]))
+        people = weight_user * by_user.sums(weight_item * found, item)
+        found, _ = np.linalg.qr(weight_item * by_item.sums(weight_user * people, user))
     found = found * weight_item
-    own = by_user.sums(found[item]) / of_user[:, None]
+    own = by_user.sums(found, item) / of_user[:, None]
     centre = own.mean(axis=0)
-    within = np.sum((found[item] - own[user]) ** 2, axis=0) / max(len(item) - users, 1)
+    squares = of_item @ found**2
+    within = np.maximum(squares - of_user @ own**2, 0.0) / max(len(item) - users, 1)
     between = np.mean((own - centre) ** 2, axis=0) - within * np.mean(1 / of_user)
     # Where all people are alike, what rounding leaves of their differences is no difference.
-    nothing = _ROUNDING * np.mean(found[item] ** 2, axis=0) + np.finfo(float).tiny
+    nothing = _ROUNDING * squares / len(item) + np.finfo(float).tiny
     between = np.maximum(np.maximum(between, _LEAST_BETWEEN * within), nothing)
     met = (of_item > 0)[:, None]
     traits = np.where(met, (found - centre) / np.sqrt(between), 0.0)
     beside = np.where(met, (found - centre) / np.sqrt(within + between), 0.0)
     shrinkage = np.round(np.maximum(within / between, 1.0), _DIGITS)
     traits = np.round(traits, _DIGITS).astype(np.float64)
-    return _Traits(traits, shrinkage, by_user.sums(traits[item]) / (of_user[:, None] + shrinkage), beside)
+    return _Traits(traits, shrinkage, by_user.sums(traits, item) / (of_user[:, None] + shrinkage), beside)
 
 
 class _Draws:
@@ -300,9 +301,9 @@ class _Grouped:
         self._start = np.searchsorted(key[self._order], np.arange(size + 1)).tolist()
         self._key, self._size = key, size
 
-    def sums(self, value: Floats) -> Floats:
-        """Of the events of each key, (n, d) -> (keys, d)."""
-        columns = [np.bincount(self._key, column, self._size) for column in value.T]
+    def sums(self, value: Floats, other: Codes) -> Floats:
+        """Of the other sides' values (others, d) over the events of each key, (keys, d)."""
+        columns = [np.bincount(self._key, column[other], self._size) for column in value.T]
         return np.stack(columns, axis=1)
 
     def draw(

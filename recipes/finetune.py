@@ -23,6 +23,7 @@ import numpy as np
 
 from peftrec import (
     adapters,
+    align,
     artifact,
     backbone,
     baselines,
@@ -151,6 +152,7 @@ def main() -> None:
         _, base_outputs = train.score(model, reported, description="score, base model", processes=state)
     if trains:
         data_train = encoder.train(known.prior, Augment.of(recipe))
+        alignment = align.Alignment.of(recipe, encoder, loaded.tokenizer)
         model = adapters.attach(
             model,
             recipe.adapter,
@@ -174,6 +176,9 @@ def main() -> None:
             f"train: {adapters.trainable_parameters(model) / 1e6:.2f} M parameters on {data_train.events:,} events, "
             f"{data_train.tokens:,} tokens in {len(data_train):,} rows an epoch"
         )
+        if alignment is not None:
+            rows = alignment.rows
+            say(f"align: {recipe.align.kind}, beside {rows.events:,} events without answers in {len(rows):,} rows")
         fitted = train.fit(
             model,
             data_train,
@@ -184,6 +189,7 @@ def main() -> None:
             folder=folder / "checkpoints",
             seed=recipe.seed,
             resume=arguments.resume,
+            alignment=alignment,
         )
 
     # Score the rows that are reported, with the adapter and without it.

@@ -76,6 +76,8 @@ ORDER = (
     "scorer",
     "dealer",
     "fgm",
+    "align_losses",
+    "align",
     "train",
     "record",
     "looks",

@@ -44,11 +44,9 @@ Row = dict[str, np.ndarray]
 def data_of(recipe: config.Recipe) -> config.Data:
     """The section `data` that the other domain's events are read by."""
     ours, other = recipe.data, recipe.align.target
-    where = {"items_where": other.items_where}
     if other.name is None and other.interactions is None:
-        return dataclasses.replace(ours, train_events=None, users=None, **where)
-    given = {key: getattr(other, key) for key in ("name", "folder", "interactions", "items", "columns")}
-    return config.Data(split=ours.split, **given, **where)
+        return dataclasses.replace(ours, train_events=None, users=None, items_where=other.items_where)
+    return config.Data(split=ours.split, **{one.name: getattr(other, one.name) for one in dataclasses.fields(other)})
 
 
 def check(recipe: config.Recipe, shown: Sequence[str]) -> None:
@@ -162,7 +160,7 @@ class Alignment:
                 part = nn.Sequential(nn.Linear(states, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
             elif self.how.kind == "cpc":
                 part = nn.Linear(states, width, bias=False)
-                nn.init.zeros_(part.weight)  # type: ignore[arg-type]
+                nn.init.zeros_(part.weight)
         setattr(model, PART, part.to(model.device))
 
     def detach(self, model: Any) -> None:

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Every row once an epoch, dealt to the processes so that they finish together."""
-        data, args, together = self.train_dataset, self.args, collate
+        data, args = self.train_dataset, self.args
         sampler = StepSampler(
             data.lengths,
             batch=args.per_device_train_batch_size,
@@ -135,6 +135,7 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
             rank=args.process_index,
             world=args.world_size,
         )
+        together: Any = collate
         if self.alignment is not None:
             data, together = self.alignment.beside(data), align.Pairs.collate
         blank = data.blank()
@@ -150,7 +151,9 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Sum over this batch's events divided by the step's events over all processes."""
         del return_outputs
-        watched = nullcontext([]) if self.alignment is None else align.watched(self.model)
+        watched: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
+        if self.alignment is not None:
+            watched = align.watched(self.model)
         with watched as hidden:
             loss = scorer.interaction_loss(
                 model, inputs, self.model.dtype, self.target, num_items_in_batch, pairwise=self.pairwise

@@ -209,9 +209,13 @@ def aligned_words(plan: Plan, kind: str, words: Mapping[str, Sequence[str]]) -> 
     target = config.load_recipe(words["target"][1], words["target"][2:])
     where = {key: getattr(target.data, key) for key in ("name", "folder", "interactions", "items", "columns")}
     where["items_where"] = target.data.items_where
-    settings = {"kind": kind, "weight": plan.aligned[kind], **{f"target.{key}": one for key, one in where.items() if one}}
+    settings = {
+        "kind": kind,
+        "weight": plan.aligned[kind],
+        **{f"target.{key}": one for key, one in where.items() if one},
+    }
     more = as_words({f"align.{key}": value for key, value in settings.items()})
-    found = [*words["source"], *more, "--output_dir", str(Path(plan.output_dir) / kind)]
+    found = [*words["source"], *as_words(flat({"align": more})), "--output_dir", str(Path(plan.output_dir) / kind)]
     source = config.load_recipe(found[1], found[2:])
     neutral: dict[str, Any] = {"like_at": None, "rating_range": None, "users": None, "train_events": None}
     ours, theirs = (dataclasses.replace(data, **neutral) for data in (align.data_of(source), target.data))

@@ -65,9 +65,7 @@ def fit(
     ) -> tuple[Any, training.Fitted]:
         base = load_tiny(tiny_llama_folder)
         model = adapters.attach(base, adapter or config.Adapter(r=4), base_name="tiny", seed=3, steps=6)
-        train = dataclasses.replace(
-            train, per_device_train_batch_size=batch[0], gradient_accumulation_steps=batch[1]
-        )
+        train = dataclasses.replace(train, per_device_train_batch_size=batch[0], gradient_accumulation_steps=batch[1])
         fitted = training.fit(
             model,
             train_data(log, codec, questions),
@@ -175,9 +173,7 @@ def test_errors_name_the_other_domain(
 # --- beside the training rows -----------------------------------------------------------------------------------------
 
 
-def test_each_row_has_one_beside_it_drawn_by_epoch(
-    log: Log, codec: Any, questions: Any, rows: WindowDataset
-) -> None:
+def test_each_row_has_one_beside_it_drawn_by_epoch(log: Log, codec: Any, questions: Any, rows: WindowDataset) -> None:
     source = train_data(log, codec, questions)
     pairs = Alignment(config.Align(kind="coral"), rows, 3).beside(source)
     assert len(pairs) == len(source)

@@ -1,4 +1,4 @@
-"""The losses that bring domains together: small numbers by hand, zero where nothing differs, gradients the right way."""
+"""The losses that bring domains together: small numbers by hand, zero where nothing differs, signs of gradients."""
 
 from __future__ import annotations
 

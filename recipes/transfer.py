@@ -207,14 +207,8 @@ def side_words(plan: Plan, name: str, path: Path, rest: Sequence[str]) -> list[s
 def aligned_words(plan: Plan, kind: str, words: Mapping[str, Sequence[str]]) -> list[str]:
     """The command line of recipes/finetune.py that trains the source beside the target's unanswered events."""
     target = config.load_recipe(words["target"][1], words["target"][2:])
-    where = {key: getattr(target.data, key) for key in ("name", "folder", "interactions", "items", "columns")}
-    where["items_where"] = target.data.items_where
-    settings = {
-        "kind": kind,
-        "weight": plan.aligned[kind],
-        **{f"target.{key}": one for key, one in where.items() if one},
-    }
-    more = as_words({f"align.{key}": value for key, value in settings.items()})
+    where = {one.name: getattr(target.data, one.name) for one in dataclasses.fields(config.OtherDomain)}
+    more = {"kind": kind, "weight": plan.aligned[kind], "target": {key: value for key, value in where.items() if value}}
     found = [*words["source"], *as_words(flat({"align": more})), "--output_dir", str(Path(plan.output_dir) / kind)]
     source = config.load_recipe(found[1], found[2:])
     neutral: dict[str, Any] = {"like_at": None, "rating_range": None, "users": None, "train_events": None}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,14 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import yaml
 from conftest import build_log, random_log
 from safetensors.torch import load_file
+from test_recipes import check_folder, finetune
+from test_resume import METHODS
 from test_train import changed, equal, losses, mean_loss, train_data, valid_data
 
-from peftrec import adapters, align, config, scorer
+from peftrec import adapters, align, backbone, config, scorer
 from peftrec import train as training
 from peftrec.align import Alignment
 from peftrec.errors import DataError
@@ -310,19 +315,68 @@ def test_checkpointed_layers_give_the_same(kind: str, fit: Callable[..., Any], t
     np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "adapter",
-    [
-        {"method": "full"},
-        {"method": "prefix", "num_virtual_tokens": 3},
-        {"method": "adalora", "init_r": 6, "target_r": 3, "tinit": 0, "tfinal": 1, "deltaT": 2},
-    ],
-    ids=lambda adapter: adapter["method"],
-)
-def test_other_methods(adapter: dict[str, Any], fit: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_every_adapter_method(method: str, fit: Callable[..., Any], tmp_path: Path) -> None:
     train = changed(max_steps=6, evals=1, fgm_epsilon=0.1)
-    model, fitted = fit(tmp_path, config.Align(kind="cpc", ramp=0.0), train, adapter=config.Adapter(**adapter))
+    model, fitted = fit(tmp_path, config.Align(kind="cpc", ramp=0.0), train, adapter=METHODS[method])
     assert len(losses(fitted)) == 6
     assert all(math.isfinite(value) for _, value in losses(fitted))
     adapters.save(model, tmp_path / "adapter")
     assert not any(align.PART in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_head(
+    kind: str,
+    tiny_llama_folder: Path,
+    tmp_path: Path,
+    log: Log,
+    codec: Any,
+    questions: Any,
+    rows: WindowDataset,
+) -> None:
+    target = Target(head="linear", offset=(0.0,))
+    base = backbone.load(config.Model(name=str(tiny_llama_folder), dtype="float32"), target).model
+    model = adapters.attach(base, config.Adapter(r=4), base_name="tiny", seed=3)
+    fitted = training.fit(
+        model,
+        train_data(log, codec, questions),
+        valid_data(log, codec, questions),
+        target,
+        lambda *_: {"loss": 1.0},
+        train=changed(max_steps=3, evals=1),
+        folder=tmp_path,
+        seed=3,
+        alignment=Alignment(config.Align(kind=kind, ramp=0.0), rows, 3),  # type: ignore[arg-type]
+    )
+    assert all(line["align_loss"] > 0 for line in fitted.log if "loss" in line)
+
+
+def test_a_run_from_its_recipe_to_its_card(tables: config.Recipe, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """recipes/finetune.py by a file, with another table that has no answers; validate tells of it."""
+    books = {"interactions": str(tmp_path / "books.parquet"), "columns": {"user_id": "reader"}}
+    recipe = config.recipe_to_dict(
+        dataclasses.replace(tables, data=dataclasses.replace(tables.data, train_events=None))
+    )
+    recipe |= {
+        "prompt": {"max_tokens": 128, "overlap": 16},
+        "model": {"name": str(tiny_llama_folder), "dtype": "float32"},
+        "adapter": {"r": 4},
+        "train": {"max_steps": 2, "evals": 1, "logging_steps": 1},
+        "eval": {"bootstrap": 5},
+        "align": {"kind": "adversarial", "ramp": 0.5, "target": books},
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = finetune("--config", tmp_path / "recipe.yaml")
+    assert "align: adversarial, beside 192 events without answers in" in done.stdout
+    found = check_folder(tmp_path / "run")
+    assert [line["align_loss"] > 0 for line in found.train["log"] if "loss" in line] == [True, True]
+    assert not any(align.PART in name for name in load_file(tmp_path / "run/adapter/adapter_model.safetensors"))
+    told = subprocess.run(
+        [sys.executable, "-m", "peftrec", "validate", str(tmp_path / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "align    adversarial, weight 1, to " in told.stdout

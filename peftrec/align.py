@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from peftrec import align_losses, config, interactions
+from peftrec.artifact import public_name
 from peftrec.encode import Encoder
 from peftrec.errors import DataError
 from peftrec.interactions import drawn_order
@@ -143,6 +144,18 @@ class Alignment:
         with _under_its_name():
             other = Encoder(log, recipe.prompt, tokenizer, recipe.eval.ties, task=recipe.task, shuffle=shuffle)
         return cls(recipe.align, other.train(None), recipe.seed)
+
+    def facts(self) -> dict[str, Any]:
+        """What a run says of it, without folders of this machine."""
+        other = self.how.target
+        source = other.name or other.interactions
+        return {
+            "kind": self.how.kind,
+            "weight": self.how.weight,
+            "data": "the same data" if source is None else public_name(source),
+            "items_where": other.items_where,
+            "events": self.rows.events,
+        }
 
     def beside(self, source: WindowDataset) -> Pairs:
         """The rows to learn from, each with one of the other domain."""

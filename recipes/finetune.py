@@ -257,6 +257,7 @@ def main() -> None:
             "trainable_parameters": adapters.trainable_parameters(model),
             "bytes": adapters.file_bytes(folder / "adapter"),
             **({} if start is None else {"started_from": start.facts()}),
+            **({} if alignment is None else {"aligned_with": alignment.facts()}),
         }
     record.write_record(
         folder,

@@ -371,6 +371,13 @@ def test_a_run_from_its_recipe_to_its_card(tables: config.Recipe, tiny_llama_fol
     done = finetune("--config", tmp_path / "recipe.yaml")
     assert "align: adversarial, beside 192 events without answers in" in done.stdout
     found = check_folder(tmp_path / "run")
+    other = {"kind": "adversarial", "weight": 1.0, "data": "books.parquet", "items_where": {}, "events": 192}
+    assert found.adapter["aligned_with"] == other
+    page = (tmp_path / "run/adapter/README.md").read_text()
+    assert (
+        "A second loss (adversarial, weight 1) brought another domain nearer, books.parquet: of its 192 training"
+        in page
+    )
     assert [line["align_loss"] > 0 for line in found.train["log"] if "loss" in line] == [True, True]
     assert not any(align.PART in name for name in load_file(tmp_path / "run/adapter/adapter_model.safetensors"))
     told = subprocess.run(

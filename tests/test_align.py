@@ -286,6 +286,16 @@ def test_a_run_with_it(kind: str, fit: Callable[..., Any], tmp_path: Path) -> No
     assert losses(found) == losses(expected)
 
 
+def test_each_pass_weighs_its_share_of_a_steps_events(fit: Callable[..., Any], tmp_path: Path) -> None:
+    """Three passes of unlike rows: the sum of what each adds is the mean over their events."""
+    train = changed(max_steps=1, evals=0)
+    _, plain = fit(tmp_path / "plain", None, train, batch=(1, 3))
+    _, fitted = fit(tmp_path / "mmd", config.Align(kind="mmd", ramp=0.0), train, batch=(1, 3))
+    line = fitted.log[0]
+    assert line["align_loss"] > 0.01
+    assert line["loss"] - line["align_loss"] == pytest.approx(losses(plain)[0][1], rel=1e-4)
+
+
 def test_the_weight_grows_from_nothing(fit: Callable[..., Any], tmp_path: Path) -> None:
     train = changed(max_steps=4, evals=0, lr_scheduler_type="constant")
     _, fitted = fit(tmp_path, config.Align(kind="mmd", weight=1.0, ramp=1.0), train)

@@ -177,8 +177,10 @@ def main() -> None:
             f"{data_train.tokens:,} tokens in {len(data_train):,} rows an epoch"
         )
         if alignment is not None:
-            rows = alignment.rows
-            say(f"align: {recipe.align.kind}, beside {rows.events:,} events without answers in {len(rows):,} rows")
+            say(
+                f"align: {recipe.align.kind}, beside {alignment.rows.events:,} events without answers in "
+                f"{len(alignment.rows):,} rows"
+            )
         fitted = train.fit(
             model,
             data_train,

@@ -189,6 +189,7 @@ def test_each_row_has_one_beside_it_drawn_by_epoch(log: Log, codec: Any, questio
 
     first = drawn(0)
     assert first == drawn(0) != drawn(1)
+    assert source.windows.epoch == 1, "its forms are drawn, too"  # type: ignore[union-attr]
     assert len({str(one) for one in first}) == min(len(source), len(rows))
     batch = align.Pairs.collate([pairs[0], pairs[1]])
     assert batch["reads"].shape == batch["labels"].shape
@@ -239,15 +240,18 @@ def test_what_comes_next_is_asked_among_the_other_items_of_a_row(
     vectors = torch.stack([embedded[torch.as_tensor(np.asarray(ids))].mean(dim=0) for ids in spans])
     vectors = torch.nn.functional.normalize(vectors - vectors.mean(dim=0), dim=1)
     scores = torch.nn.functional.normalize(states, dim=1) @ vectors.T
-    found = []
+    by_hand = []
     user = other.user[places]
     for here in range(4):
         if user[here] == user[here + 1]:
             wrong = [j for j in range(5) if code[j] not in (code[here], code[here + 1])]
-            found.append(torch.logsumexp(scores[here, [here + 1, *wrong]], 0) - scores[here, here + 1])
-    assert len(found) == 3
-    expected = 2 * float(torch.stack(found).mean().detach())
+            by_hand.append(torch.logsumexp(scores[here, [here + 1, *wrong]], 0) - scores[here, here + 1])
+    assert len(by_hand) == 3
+    expected = 2 * float(torch.stack(by_hand).mean().detach())
     assert float(how.loss(model, batch, states, 0.0).detach()) == pytest.approx(expected, rel=1e-5)
+    twice = align.Pairs.collate([(rows.blank(), rows[0])] * 2)  # another row's items are no candidates
+    found = how.loss(model, twice, states.repeat(2, 1), 0.0)
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

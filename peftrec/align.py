@@ -46,7 +46,7 @@ def data_of(recipe: config.Recipe) -> config.Data:
     """The section `data` that the other domain's events are read by."""
     ours, other = recipe.data, recipe.align.target
     if other.name is None and other.interactions is None:
-        return dataclasses.replace(ours, train_events=None, users=None, items_where=other.items_where)
+        return dataclasses.replace(ours, items_where=other.items_where)
     return config.Data(split=ours.split, **{one.name: getattr(other, one.name) for one in dataclasses.fields(other)})
 
 

@@ -242,6 +242,13 @@ def effort(record: RunRecord) -> str:
         )
     if start := adapter.get("started_from"):
         words.append(f"Training started from the adapter {inline(start['name'])} (sha256 {start['sha256'][:16]}).")
+    if other := adapter.get("aligned_with"):
+        items = "; ".join(f"{column}: {', '.join(map(str, values))}" for column, values in other["items_where"].items())
+        words.append(
+            f"A second loss ({other['kind']}, weight {other['weight']:g}) brought another domain nearer, "
+            f"{inline(' '.join([other['data'], *([items] if items else [])]))}: of its {other['events']:,} training "
+            "events no answer was read."
+        )
     if quantized := record.model.get("quantization"):
         words.append(f"The base model was quantized while it trained: {inline(quantized)}.")
     return " ".join([*words, f"Seed {record.seed}. Measured on {record.created[:10]} (UTC)."])

@@ -50,6 +50,10 @@ def _validate(given: argparse.Namespace) -> None:
         from peftrec import methods
 
         methods.check(recipe.adapter)
+    if recipe.align.used:
+        from peftrec import align
+
+        align.check(recipe, values.placeholders(recipe.prompt.item))
     if recipe.side.used:
         from peftrec import side_vectors
 
@@ -90,6 +94,10 @@ def _summary(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "side",
             ", ".join(f"{name} {show(value)}" for name, value in config.recipe_to_dict(recipe)["side"].items()),
         )
+    if recipe.align.used:
+        other = recipe.align.target
+        where = [*filter(None, (other.name, other.interactions)), *(show(one) for one in [other.items_where] if one)]
+        yield "align", f"{recipe.align.kind}, weight {recipe.align.weight:g}, to {', '.join(where)} without answers"
     yield "eval", f"{recipe.eval.history} history, baselines: {', '.join(recipe.eval.baselines) or 'none'}"
     yield "output", recipe.output_dir
     if recipe.hub.push:

@@ -41,7 +41,7 @@ _FILE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".pq", ".jso
 def idle(recipe: Any) -> dict[str, str]:
     """Keys that do nothing in this recipe -> the key whose value makes them so."""
     data, kind, layout = recipe.data, recipe.data.split.kind, recipe.prompt.layout
-    four_bits, method, hub = recipe.model.load_in_4bit, recipe.adapter.method, recipe.hub
+    four_bits, method, hub, align = recipe.model.load_in_4bit, recipe.adapter.method, recipe.hub, recipe.align
     source = "data.interactions" if data.interactions else "data.records"
     own_files = isinstance(data.records, dict) or (data.interactions or data.records or "").lower().endswith(
         _FILE_SUFFIXES
@@ -93,6 +93,10 @@ def idle(recipe: Any) -> dict[str, str]:
         (recipe.train.evals == 0, "train.evals", "train.early_stopping_patience train.metric_for_best_model"),
         (is_folder(hub.repo_id), "hub.repo_id", "hub.private hub.revision hub.create_pr hub.tag hub.commit_message"),
         (not recipe.side.used, "side.als", "side.hidden_size side.dropout"),
+        (method == "none", "adapter.method", "align.kind"),
+        (not align.used, "align.kind", _keys(align, "align.", but="align.kind")),
+        (align.target.name is None, "align.target.name", "align.target.folder"),
+        (align.target.interactions is None, "align.target.interactions", "align.target.items align.target.columns"),
         (not hub.push, "hub.push", _keys(hub, "hub.", but="hub.push")),
     )
     return {key: decider for applies, decider, keys in cases if applies for key in keys.split()}
@@ -117,6 +121,7 @@ def conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
     yield from _paraphrase_conflicts(recipe.prompt)
     yield from _task_conflicts(recipe)
     yield from _hub_conflicts(recipe)
+    yield from _align_conflicts(recipe)
     yield from compatibility.conflicts(recipe)
     if recipe.score.prior != "none" and recipe.data.records is not None:
         text = f"{recipe.score.prior}; records have no items to count the ratings of; set it to none"
@@ -140,6 +145,21 @@ def _hub_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
     if hub.create_pr and hub.revision not in (None, "main"):
         text = f"{hub.revision}; a pull request (hub.create_pr) is made against main; remove one of them"
         yield "hub.revision", ("hub.create_pr",), text
+
+
+def _align_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    target = recipe.align.target
+    if not recipe.align.used:
+        return
+    if not (target.name or target.interactions or target.items_where):
+        text = (
+            f"missing; align.kind: {recipe.align.kind} needs another domain's events; set align.target.items_where, "
+            "align.target.interactions or align.target.name"
+        )
+        yield "align.target", ("align.kind",), text
+    if target.name and target.interactions:
+        text = f"{target.interactions}, and align.target.name too; expected one source; remove the other"
+        yield "align.target.interactions", ("align.target.name",), text
 
 
 def _task_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:

@@ -84,6 +84,10 @@ def _side(key: str, applies: Callable[[Any], bool] = lambda recipe: True) -> Cal
     return lambda recipe: bool(getattr(recipe.side, key)) and applies(recipe)
 
 
+def _aligns(applies: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda recipe: recipe.align.used and applies(recipe)
+
+
 def _foreign_variant(method: str) -> Callable[[Any], bool]:
     return lambda recipe: recipe.adapter.method == method and recipe.adapter.variant not in (None, *VARIANTS[method])
 
@@ -219,6 +223,24 @@ RULES = (
         lambda recipe: recipe.train.fgm_epsilon > 0 and recipe.train.torch_compile,
         "it moves embeddings between two passes, which a compiled model does not let it; remove one of them",
     ),
+    Rule(
+        "align.kind",
+        ("prompt.layout",),
+        _aligns(lambda recipe: recipe.prompt.layout == "pointwise"),
+        "it looks at the states of a timeline's events; set prompt.layout: timeline, or leave align out",
+    ),
+    Rule(
+        "align.kind",
+        ("side.als", "side.items", "side.users"),
+        _aligns(lambda recipe: recipe.side.used),
+        "the other domain has no side vectors, which alone would tell it apart; leave side or align out",
+    ),
+    Rule(
+        "align.kind",
+        ("train.torch_compile",),
+        _aligns(lambda recipe: recipe.train.torch_compile),
+        "it looks at states inside the model, which a compiled model does not let it; remove one of them",
+    ),
     *(
         Rule(f"side.{key}", others, _side(key, applies), text)
         for key in ("als", "items", "users")
@@ -321,6 +343,11 @@ LAUNCH_RULES = (
         "train.average_checkpoints",
         lambda recipe, launch: launch.engine != "plain" and recipe.train.average_checkpoints > 1,
         "{engine} keeps checkpoints in shards, which are not averaged; set it to 1, or launch with multi_gpu.yaml",
+    ),
+    LaunchRule(
+        "align.kind",
+        lambda recipe, launch: launch.engine != "plain" and recipe.align.used,
+        "what is trained beside the adapter cannot be cut into shards by {engine}; launch with multi_gpu.yaml",
     ),
     LaunchRule(
         "train.fgm_epsilon",

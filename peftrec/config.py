@@ -279,6 +279,46 @@ class Side:
 
 
 @dataclass(frozen=True)
+class OtherDomain:
+    """Events of another domain, whose answers nobody reads; what is not said here is as in `data`."""
+
+    name: Text | None = None
+    """A data set that peftrec knows; neither `name` nor `interactions` is the recipe's own data set."""
+    folder: Text | None = None
+    """As in `data`."""
+    interactions: Text | None = None
+    """A table as in `data`; it needs no label and no rating."""
+    items: Text | None = None
+    """As in `data`."""
+    columns: dict[str, Text] = field(default_factory=dict)
+    """As in `data`."""
+    items_where: dict[str, Annotated[list[Text], Check("at least one value", bool), Distinct]] = field(
+        default_factory=dict
+    )
+    """As in `data`: which items are the other domain."""
+
+
+@dataclass(frozen=True)
+class Align:
+    """A loss that brings a domain without answers nearer, beside that of the answers."""
+
+    kind: Literal["none", "coral", "mmd", "adversarial", "cpc"] = "none"
+    """States at the questions alike in both domains: by covariances (`coral`), by kernels (`mmd`), or so that a
+    classifier cannot tell them apart (`adversarial`); or states of the other domain that tell the next item (`cpc`)."""
+    weight: Positive = 1.0
+    """Of this loss beside the other one. The losses differ in size: see docs/transfer.md."""
+    ramp: Annotated[float, Check("a share from 0 to 1", lambda x: 0 <= x <= 1)] = 0.5
+    """Share of the run in which the weight grows from 0; 0 begins with all of it."""
+    target: OtherDomain = field(default_factory=OtherDomain)
+    """The other domain."""
+
+    @property
+    def used(self) -> bool:
+        """Whether there is such a loss."""
+        return self.kind != "none"
+
+
+@dataclass(frozen=True)
 class Train:
     """The optimisation; the names are those of transformers.TrainingArguments."""
 
@@ -441,6 +481,8 @@ class Recipe:
     """Terms beside the model's own."""
     side: Side = field(default_factory=Side)
     """Vectors beside the text."""
+    align: Align = field(default_factory=Align)
+    """Another domain beside the data."""
     train: Train = field(default_factory=Train)
     """Optimisation."""
     eval: Eval = field(default_factory=Eval)
@@ -496,9 +538,10 @@ def parse_recipe(mapping: Mapping[str, Any], where: str) -> Recipe:
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Nested plain values that `parse_recipe` reads back, without the keys that do nothing in this recipe."""
-    # Where nothing is published, or nothing stands beside the text, that goes without saying.
+    # Where nothing is published, or nothing stands beside text or data, that goes without saying.
     silent = {} if recipe.hub.push else {"hub.push": "hub.push"}
     silent |= {} if recipe.side.als else {"side.als": "side.als"}
+    silent |= {} if recipe.align.used else {"align.kind": "align.kind"}
     return _plain(recipe, "", coherence.idle(recipe) | silent)
 
 

@@ -65,13 +65,19 @@ class Interactions:
     users: pl.DataFrame | None = None
 
 
-def load(data: Data, seed: int, task: Task = "click", *, with_users: Mapping[str, str] | None = None) -> Interactions:
+def load(
+    data: Data,
+    seed: int,
+    task: Task | None = "click",
+    *,
+    with_users: Mapping[str, str] | None = None,
+) -> Interactions:
     """Read and check what `data` names.
 
     Args:
         data: The recipe's data section.
         seed: Draws the users that `sample_users` keeps.
-        task: Whether the events need labels or ratings.
+        task: Whether the events need labels or ratings; None reads neither, and all labels are 0.
         with_users: Columns of the users table that are used -> the recipe's key that names them; none does not read it.
 
     Raises:
@@ -81,6 +87,7 @@ def load(data: Data, seed: int, task: Task = "click", *, with_users: Mapping[str
     warnings: list[str] = []
     data = _with_known(data)
     if data.records is not None:
+        assert task is not None
         name, events, items = _records(data, task)
     else:
         name, events, items = _named(data, task, warnings) if data.name else _files(data, task, warnings)
@@ -97,7 +104,8 @@ def load(data: Data, seed: int, task: Task = "click", *, with_users: Mapping[str
         scale = rating_scale(events["rating"], name, data.rating_range)
     else:
         scale = CLICK_SCALE
-        _check_classes(events["label"], name, data)
+        if task is not None:
+            _check_classes(events["label"], name, data)
     users = _users(data, user_ids, with_users, warnings) if with_users else None
     fingerprint = _fingerprint(events, user_ids, items, users)
     return Interactions(events, user_ids, items, name, fingerprint, tuple(warnings), scale, data.like_at, users)
@@ -133,7 +141,7 @@ def rating_scale(ratings: pl.Series, where: str, limits: Sequence[float] | None)
 
 
 def check(
-    data: Data, shown: Sequence[str] = (), task: Task = "click", of_users: Mapping[str, str] | None = None
+    data: Data, shown: Sequence[str] = (), task: Task | None = "click", of_users: Mapping[str, str] | None = None
 ) -> None:
     """Check what can be checked without reading rows: names of data sets, files, and their columns.
 
@@ -142,7 +150,7 @@ def check(
     Args:
         data: The recipe's data section.
         shown: Columns of the items table that the prompt shows.
-        task: Whether the events need labels or ratings.
+        task: Whether the events need labels or ratings; None is neither.
         of_users: Columns of the users table that are used -> the recipe's key that names them.
 
     Raises:
@@ -183,7 +191,7 @@ def sorted_order(key: np.ndarray, value: np.ndarray) -> np.ndarray:
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
-def _named(data: Data, task: Task, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame]:
+def _named(data: Data, task: Task | None, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame]:
     dataset = DATASETS.get(data.name or "")
     if dataset is None:
         raise DataError(_unknown_name(data.name or ""))
@@ -215,7 +223,7 @@ def _unknown_name(name: str) -> str:
     return f"data.name: no data set '{name}'; expected one of {', '.join(sorted(DATASETS))}"
 
 
-def _of_named(data: Data, task: Task, of_users: Mapping[str, str]) -> list[str]:
+def _of_named(data: Data, task: Task | None, of_users: Mapping[str, str]) -> list[str]:
     """What is wrong with the section about a data set that is known by name, as far as can be told without reading."""
     known, kind = DATASETS[data.name or ""], data.split.kind
     problems = [_tells_nothing(known.name)] if of_users and known.read_users is None else []
@@ -239,7 +247,7 @@ def _tells_nothing(name: str) -> str:
 
 
 def _looks(
-    data: Data, shown: Sequence[str], task: Task, of_users: Mapping[str, str]
+    data: Data, shown: Sequence[str], task: Task | None, of_users: Mapping[str, str]
 ) -> Iterator[tuple[str, Callable[[str], object]]]:
     """Each source with what looks at its columns."""
     if data.interactions:
@@ -255,7 +263,7 @@ def _looks(
         yield file, lambda source: _record_names(source, data)
 
 
-def _first_event(where: str, data: Data, task: Task) -> pl.DataFrame:
+def _first_event(where: str, data: Data, task: Task | None) -> pl.DataFrame:
     """The first row, read as all of them will be: whatever is wrong with the columns shows in it."""
     first = tables.scan(where).head(1)
     raw = _select(first, where, data.columns, data, task, with_title=data.items is None, warnings=[])
@@ -278,7 +286,7 @@ def _check_shown(source: str, data: Data, required: Sequence[str], shown: Mappin
             raise DataError(f"{key}: no column '{name}' in {source} ({found}); {todo}")
 
 
-def _files(data: Data, task: Task, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame]:
+def _files(data: Data, task: Task | None, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame]:
     where = data.interactions or ""
     table = tables.scan(where, data.hub_revision)
     raw = _select(table, where, data.columns, data, task, with_title=data.items is None, warnings=warnings)
@@ -296,7 +304,7 @@ def _select(
     where: str,
     columns: Mapping[str, str],
     data: Data,
-    task: Task,
+    task: Task | None,
     with_title: bool,
     warnings: list[str],
 ) -> pl.DataFrame:
@@ -304,8 +312,11 @@ def _select(
     found = tables.column_names(table, where)
     given = {ours: theirs for ours, theirs in columns.items() if ours != "title" or with_title}
     required = ["user_id", "item_id", *(["title"] if with_title and "title" in given else [])]
-    names = tables.match_columns(found, where, given, required, ["label", "rating", "timestamp"])
-    if task == "rating":
+    answers = ["label", "rating"] if task is not None else []
+    names = tables.match_columns(found, where, given, required, [*answers, "timestamp"])
+    if task is None:
+        pass
+    elif task == "rating":
         names.pop("label", None)
         if "rating" not in names:
             hint = tables.nearest_column("rating", found) or "<column>"
@@ -371,11 +382,13 @@ def _parse(
     where: str,
     like_at: float | None,
     limits: Sequence[float] | None,
-    task: Task,
+    task: Task | None,
 ) -> pl.DataFrame:
     """Ids, label and rating as what they are; every row is kept."""
     columns = [tables.parse_ids(raw[name], where, name).alias(name) for name in ("user_id", "item_id")]
-    if "label" in raw.columns:
+    if task is None:
+        columns.append(pl.repeat(0, raw.height, dtype=pl.Int8, eager=True).alias("label"))
+    elif "label" in raw.columns:
         columns.append(tables.parse_labels(raw["label"], where).alias("label"))
     else:
         rating = tables.parse_numbers(raw["rating"], where, "rating")

@@ -98,9 +98,9 @@ def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def read_outputs(model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The head's outputs (N, K) at the batch's N read positions."""
+    """The head's outputs (N, K) at the batch's N read positions: `reads` (B, T), or without such, where labels are."""
     mask = sight_mask(batch, dtype)
-    reads = fused.read_at(mask, batch["labels"] >= 0)
+    reads = fused.read_at(mask, batch["reads"] if "reads" in batch else batch["labels"] >= 0)
     logits = model(
         input_ids=batch["input_ids"],
         attention_mask=mask,
@@ -310,6 +310,8 @@ def interaction_loss(
     """
     read = batch["labels"] >= 0
     outputs, prior, label = read_outputs(model, batch, dtype), batch["prior"][read], batch["labels"][read]
+    if "reads" in batch:  # also where nothing is to be learned
+        outputs = outputs[read[batch["reads"]]]
     total = target.losses(outputs, prior, label).sum()
     if pairwise:
         # Rows hold windows of several people: numbered apart, also from those of the batch's other rows.

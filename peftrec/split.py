@@ -90,11 +90,11 @@ class Log:
         return liked
 
 
-def split(interactions: Interactions, how: config.Split, seed: int) -> Log:
+def split(interactions: Interactions, how: config.Split, seed: int, *, answered: bool = True) -> Log:
     """Sort the events and give each its split.
 
     A split that the source gives itself (a column, or one file each for train, valid and test) is used whatever `how`
-    says.
+    says. Where the events are not `answered`, one label for all is no mistake.
 
     Raises:
         DataError: If a split comes out empty, or train or test with one class only.
@@ -129,7 +129,7 @@ def split(interactions: Interactions, how: config.Split, seed: int) -> Log:
         parts = cold(user, how.valid, how.test, seed, "users")
     else:
         raise DataError(f"{interactions.name}: no split column was read; set data.split.column")
-    _check(parts, label, interactions.scale, interactions.name, kind)
+    _check(parts, label if answered else None, interactions.scale, interactions.name, kind)
     records = "instruction" in events.columns
     return Log(
         user=user,
@@ -268,7 +268,7 @@ def by_name(column: pl.Series) -> np.ndarray:
     return parts.to_numpy()
 
 
-def _check(parts: np.ndarray, label: np.ndarray, scale: tuple[float, ...], where: str, kind: str) -> None:
+def _check(parts: np.ndarray, label: np.ndarray | None, scale: tuple[float, ...], where: str, kind: str) -> None:
     counts = np.bincount(parts, minlength=3)
     sizes = ", ".join(f"{name} {count}" for name, count in zip(SPLITS, counts, strict=True))
     for part, name in enumerate(SPLITS):
@@ -276,7 +276,7 @@ def _check(parts: np.ndarray, label: np.ndarray, scale: tuple[float, ...], where
         if counts[part] == 0:
             found = f"{name} is empty"
         # A valid set of one class still has a loss; without both classes there is nothing to learn or to report.
-        elif part != VALID and len(classes := np.unique(label[parts == part])) == 1:
+        elif label is not None and part != VALID and len(classes := np.unique(label[parts == part])) == 1:
             what = "label" if scale == CLICK_SCALE else "rating"
             found = f"all {counts[part]} rows of {name} have {what} {scale[classes[0]]:g}"
         if found:

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
-from peftrec import adalora, adapters, backbone, config, fgm, processes, scorer
+from peftrec import adalora, adapters, align, backbone, config, fgm, processes, scorer
 from peftrec.dealer import StepSampler, deal
 from peftrec.errors import PeftrecError
 from peftrec.target import Target
@@ -84,7 +85,7 @@ class _Loader(DataLoader[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Pass it on to the sampler and to the rows."""
         assert isinstance(self.batch_sampler, StepSampler)
-        assert isinstance(self.dataset, WindowDataset)
+        assert isinstance(self.dataset, WindowDataset | align.Pairs)
         self.batch_sampler.set_epoch(epoch)
         self.dataset.set_epoch(epoch)
 
@@ -99,12 +100,15 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         to_metrics: ToMetrics,
         pairwise: float = 0.0,
         fgm_epsilon: float = 0.0,
+        alignment: align.Alignment | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, data_collator=collate, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the labels of a whole optimizer step
         self.loss_is_scaled_for_ga = True
         self.target, self.to_metrics, self.pairwise, self.fgm_epsilon = target, to_metrics, pairwise, fgm_epsilon
+        self.alignment = alignment
+        self._aligned: list[torch.Tensor] = []  # events and their part of the loss, since the last line of the log
 
     def create_accelerator_and_postprocess(self) -> None:
         """Shard a model on the CPU too, to try it out, where accelerate takes no notice of being told to (FSDP2)."""
@@ -123,7 +127,6 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Every row once an epoch, dealt to the processes so that they finish together."""
         data, args = self.train_dataset, self.args
-        blank = data.blank()
         sampler = StepSampler(
             data.lengths,
             batch=args.per_device_train_batch_size,
@@ -132,10 +135,14 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
             rank=args.process_index,
             world=args.world_size,
         )
+        together: Any = collate
+        if self.alignment is not None:
+            data, together = self.alignment.beside(data), align.Pairs.collate
+        blank = data.blank()
         return _Loader(
             data,
             batch_sampler=sampler,
-            collate_fn=lambda rows: collate(rows or [blank]),
+            collate_fn=lambda rows: together(rows or [blank]),
             pin_memory=args.dataloader_pin_memory,
         )
 
@@ -144,14 +151,33 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Sum over this batch's events divided by the step's events over all processes."""
         del return_outputs
-        loss = scorer.interaction_loss(
-            model, inputs, self.model.dtype, self.target, num_items_in_batch, pairwise=self.pairwise
-        )
+        watched: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
+        if self.alignment is not None:
+            watched = align.watched(self.model)
+        with watched as hidden:
+            loss = scorer.interaction_loss(
+                model, inputs, self.model.dtype, self.target, num_items_in_batch, pairwise=self.pairwise
+            )
+        # Once for the whole optimizer step: of what is no sum over events each batch adds its share of the events.
+        events = (inputs["labels"] >= 0).sum()
         if adalora.is_adaptive(self.model):
-            # Once for the whole optimizer step: each batch adds its share of the step's events.
-            loss = loss + adalora.penalty(self.model) * (inputs["labels"] >= 0).sum() / num_items_in_batch
+            loss = loss + adalora.penalty(self.model) * events / num_items_in_batch
+        if self.alignment is not None:
+            states = align.at_reads(hidden[0], inputs["reads"])
+            progress = self.state.global_step / max(1, self.state.max_steps)
+            added = self.alignment.loss(self.model, inputs, states, progress)
+            self._aligned.append(torch.stack((events.float(), events * added.detach().float())))
+            loss = loss + added * events / num_items_in_batch
         world: int = self.accelerator.num_processes
         return loss * world  # gradients are averaged over processes; the sum is wanted
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """With the part of the training loss that aligns domains beside it, where there is one."""
+        if self.alignment is not None and "loss" in logs and self._aligned:
+            events, total = self.accelerator.reduce(torch.stack(self._aligned).sum(dim=0)).tolist()
+            logs["align_loss"] = total / events if events else 0.0
+            self._aligned.clear()
+        super().log(logs, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One batch, and once more with moved embeddings where the recipe wants that; the loss is that of the first."""
@@ -275,6 +301,7 @@ def fit(
     folder: Path,
     seed: int,
     resume: bool = False,
+    alignment: align.Alignment | None = None,
 ) -> Fitted:
     """Train the adapter on `train_data`; afterwards the model holds the best validated weights.
 
@@ -288,6 +315,7 @@ def fit(
         folder: checkpoints go to `folder/checkpoint-N`.
         seed: of data order and dropout.
         resume: continue from the newest whole checkpoint in `folder` if there is one.
+        alignment: brings another domain nearer while the model learns; None is none.
     """
     # The checkpoints are removed when the run has ended; what a tracker writes to files stays.
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "logs"))
@@ -326,6 +354,8 @@ def fit(
         ddp_find_unused_parameters=False,  # an adapter has none
         ddp_broadcast_buffers=False,  # nothing writes to them
     )
+    if alignment is not None:
+        alignment.attach(model)
     trainer = WindowTrainer(
         model=model,
         args=arguments,
@@ -335,6 +365,7 @@ def fit(
         to_metrics=to_metrics,
         fgm_epsilon=train.fgm_epsilon,
         pairwise=train.pairwise,
+        alignment=alignment,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -366,6 +397,8 @@ def fit(
     averaged = train.average_checkpoints > 1
     if averaged:
         adapters.average_checkpoints(trainer.accelerator.unwrap_model(trainer.model), _last(folder, train))
+    if alignment is not None:
+        alignment.detach(model)
     (seconds,) = (c.seconds for c in trainer.callback_handler.callbacks if isinstance(c, Clock))
     passes = trainer.state.global_step / max(1, steps_per_epoch(train, len(train_data)))
     return Fitted(

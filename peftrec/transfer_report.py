@@ -20,6 +20,10 @@ from peftrec.ranking import Ints
 WAYS = {
     "zero_shot": "zero-shot: the base model",
     "transfer": "transfer: the source's adapter",
+    "coral": "transfer, aligned by CORAL",
+    "mmd": "transfer, aligned by MMD",
+    "adversarial": "transfer, aligned by an adversary",
+    "cpc": "transfer + the target's next items (CPC)",
     "target_only": "target only",
     "adapted": "transfer + adaptation",
     "stacked": "a new adapter on the source's, frozen",
@@ -33,6 +37,7 @@ WAYS = {
 COUNTED = ("global_mean", "item_mean", "bias", "mf")
 COMPARED = (
     *(("transfer", "zero_shot"), ("adapted", "target_only"), ("adapted", "transfer"), ("adapted", "bias")),
+    *((kind, "transfer") for kind in ("coral", "mmd", "adversarial", "cpc")),
     *(("transfer", "target_only"), ("stacked", "target_only"), ("stacked", "adapted"), ("pretrained", "target_only")),
 )
 """Ways whose difference is shown, ours first; of transfer and zero-shot what they are without any sample."""

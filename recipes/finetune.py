@@ -23,6 +23,7 @@ import numpy as np
 
 from peftrec import (
     adapters,
+    align,
     artifact,
     backbone,
     baselines,
@@ -151,6 +152,7 @@ def main() -> None:
         _, base_outputs = train.score(model, reported, description="score, base model", processes=state)
     if trains:
         data_train = encoder.train(known.prior, Augment.of(recipe))
+        alignment = align.Alignment.of(recipe, encoder, loaded.tokenizer)
         model = adapters.attach(
             model,
             recipe.adapter,
@@ -174,6 +176,11 @@ def main() -> None:
             f"train: {adapters.trainable_parameters(model) / 1e6:.2f} M parameters on {data_train.events:,} events, "
             f"{data_train.tokens:,} tokens in {len(data_train):,} rows an epoch"
         )
+        if alignment is not None:
+            say(
+                f"align: {recipe.align.kind}, beside {alignment.rows.events:,} events without answers in "
+                f"{len(alignment.rows):,} rows"
+            )
         fitted = train.fit(
             model,
             data_train,
@@ -184,6 +191,7 @@ def main() -> None:
             folder=folder / "checkpoints",
             seed=recipe.seed,
             resume=arguments.resume,
+            alignment=alignment,
         )
 
     # Score the rows that are reported, with the adapter and without it.
@@ -251,6 +259,7 @@ def main() -> None:
             "trainable_parameters": adapters.trainable_parameters(model),
             "bytes": adapters.file_bytes(folder / "adapter"),
             **({} if start is None else {"started_from": start.facts()}),
+            **({} if alignment is None else {"aligned_with": alignment.facts()}),
         }
     record.write_record(
         folder,

@@ -28,12 +28,15 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import polars as pl
 
-from peftrec import backbone, config, earlier, few_shot, interactions, record, schema, split, transfer_report
+from peftrec import align, backbone, config, earlier, few_shot, interactions, record, schema, split, transfer_report
 from peftrec.errors import ConfigError, as_one_line
 from peftrec.values import Positive
 
 ROOT = Path(__file__).parent.parent
-STARTS = {"transfer": "source", "adapted": "source", "stacked": "source", "pretrained": "pretrained"}
+ALIGNED = ("coral", "mmd", "adversarial", "cpc")
+STARTS = {"transfer": "source", "adapted": "source", "stacked": "source", "pretrained": "pretrained"} | {
+    kind: kind for kind in ALIGNED
+}
 """Way -> the earlier adapter that it starts from."""
 
 
@@ -83,6 +86,9 @@ class Plan:
     )
     """What is trained on the K samples -> its learning rate: what has learned already wants a lower one. Zero-shot and
     transfer are measured without."""
+    aligned: dict[Literal["coral", "mmd", "adversarial", "cpc"], Positive] = field(default_factory=dict)
+    """Further trainings of the source, each beside the target's training events without their answers: align.kind ->
+    align.weight. They are measured as `transfer` is, without any sample."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Each draws other samples, other initial weights and another order."""
     test: Tested = field(default_factory=Tested)
@@ -133,6 +139,7 @@ def main() -> None:
     sides += ["source"] if plan.source.adapter is None else []
     sides += ["pretrain"] if "pretrained" in plan.ways else []
     words = {name: side_words(plan, name, path, rest) for name in sides}
+    words |= {kind: aligned_words(plan, kind, words) for kind in plan.aligned}
     setting = prepare(plan, words)
     folder = Path(plan.output_dir)
     found: dict[tuple[str, int], list[list[float]]] = {}
@@ -152,15 +159,18 @@ def read_plan(path: Path, arguments: argparse.Namespace) -> Plan:
         if k not in plan.samples or not k.isdigit() or int(k) < 1:
             reader.problem("samples", f"{k}; expected some of {', '.join(plan.samples)}, whole numbers from 1")
     for way in arguments.ways or ():
-        if way not in plan.ways:
-            reader.problem("ways", f"{way}; expected some of {', '.join(plan.ways)}")
+        if way not in (*plan.ways, *plan.aligned):
+            reader.problem("ways", f"{way}; expected some of {', '.join((*plan.ways, *plan.aligned))}")
+    if plan.aligned and plan.source.adapter is not None:
+        reader.problem("aligned", "needs a source that is trained here; remove it, or source.adapter")
     if plan.target.recipe is None:
         reader.problem("target.recipe", "missing; expected the file of a recipe")
     if reader.problems:
         raise ConfigError(*reader.problems)
     chosen = {k: steps for k, steps in plan.samples.items() if k in (arguments.samples or plan.samples)}
     ways = {way: rate for way, rate in plan.ways.items() if way in (arguments.ways or plan.ways)}
-    return dataclasses.replace(plan, samples=chosen, ways=ways)
+    aligned = {kind: weight for kind, weight in plan.aligned.items() if kind in (arguments.ways or plan.aligned)}
+    return dataclasses.replace(plan, samples=chosen, ways=ways, aligned=aligned)
 
 
 def side_words(plan: Plan, name: str, path: Path, rest: Sequence[str]) -> list[str]:
@@ -168,7 +178,7 @@ def side_words(plan: Plan, name: str, path: Path, rest: Sequence[str]) -> list[s
     side = getattr(plan, name)
     changes = [plan.target.changes, side.changes] if side.recipe is None else [side.changes]
     values = {key: value for part in changes for key, value in flat(part).items()}
-    words = [word for key, value in values.items() for word in (f"--{key}", json.dumps(value))]
+    words = as_words(values)
     mine = [place for place, word in enumerate(rest) if word.startswith(f"--{name}.")]
     for place in mine:
         words += [f"--{rest[place].removeprefix(f'--{name}.')}", *([] if "=" in rest[place] else rest[place + 1 :][:1])]
@@ -187,9 +197,38 @@ def side_words(plan: Plan, name: str, path: Path, rest: Sequence[str]) -> list[s
             f"{file}: task {recipe.task} with score.prior {recipe.score.prior}; expected clicks without a prior, which "
             "would hide what the language model knows; set them in the config"
         )
+    if recipe.align.used:
+        raise ConfigError(f"{file}: align; name its kinds and weights under aligned, and leave it out here")
     if recipe.side.used:
         raise ConfigError(f"{file}: side; expected a recipe without side vectors, which no other domain has")
     return words
+
+
+def aligned_words(plan: Plan, kind: str, words: Mapping[str, Sequence[str]]) -> list[str]:
+    """The command line of recipes/finetune.py that trains the source beside the target's unanswered events."""
+    target = config.load_recipe(words["target"][1], words["target"][2:])
+    where = {one.name: getattr(target.data, one.name) for one in dataclasses.fields(config.OtherDomain)}
+    more = {"kind": kind, "weight": plan.aligned[kind], "target": {key: value for key, value in where.items() if value}}
+    found = [*words["source"], *as_words(flat({"align": more})), "--output_dir", str(Path(plan.output_dir) / kind)]
+    source = config.load_recipe(found[1], found[2:])
+    neutral: dict[str, Any] = {"like_at": None, "rating_range": None, "users": None, "train_events": None}
+    ours, theirs = (dataclasses.replace(data, **neutral) for data in (align.data_of(source), target.data))
+    if ours != theirs or source.seed != target.seed:
+        # Another split would show the target's test events, if not their answers.
+        raise ConfigError(
+            "aligned: source and target differ in data.split, seed or which users are kept; expected the same, so that "
+            "the events that are aligned with are the target's training events; set them alike"
+        )
+    return found
+
+
+def as_words(values: Mapping[str, Any]) -> list[str]:
+    """Dotted keys with values as a command line has them: text word for word, the rest as JSON."""
+    return [
+        word
+        for key, value in values.items()
+        for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+    ]
 
 
 def flat(changes: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -213,6 +252,9 @@ def prepare(plan: Plan, words: Mapping[str, Sequence[str]]) -> Setting:
     starts = {"source": earlier.read(plan.source.adapter or f"{plan.output_dir}/source", plan.source.revision)}
     if plan.source.adapter is not None and (about := starts["source"].about) is not None:
         facts = [f"Source: the adapter {starts['source'].facts()['name']}, trained on {about.data.name}."]
+    for kind in plan.aligned:
+        run("finetune.py", [*words[kind], "--resume"])
+        starts[kind] = earlier.read(f"{plan.output_dir}/{kind}")
     if "pretrained" in plan.ways:
         run("pretrain.py", [*words["pretrain"], "--resume"])
         starts["pretrained"] = earlier.read(f"{plan.output_dir}/pretrain")
@@ -272,7 +314,7 @@ def run(script: str, words: Sequence[str]) -> None:
 def cells(plan: Plan) -> Iterator[Cell]:
     """In the order in which they are measured: seed by seed, so that an interrupted run has whole seeds."""
     yield Cell("counted", transfer_report.ALL, 0)
-    yield from (Cell(way, 0, 0) for way in ("zero_shot", "transfer"))
+    yield from (Cell(way, 0, 0) for way in ("zero_shot", "transfer", *plan.aligned))
     for seed in plan.seeds:
         for k in map(int, plan.samples):
             yield from (Cell(way, k, seed) for way in ("counted", *plan.ways))

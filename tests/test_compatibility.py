@@ -10,6 +10,7 @@ from peftrec import compatibility
 from peftrec.config import parse_recipe
 from peftrec.errors import ConfigError
 
+ALIGN = {"kind": "coral", "target": {"items_where": {"genres": ["Comedy"]}}}
 CASES: list[tuple[dict[str, Any], str]] = [
     (
         {"adapter": {"variant": "houlsby"}},
@@ -102,6 +103,12 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "train.fgm_epsilon: 0.5; it moves embeddings between two passes, which a compiled model does not let it",
     ),
     (
+        {"align": ALIGN, "prompt": {"layout": "pointwise"}},
+        "align.kind: coral; it looks at the states of a timeline's events; set prompt.layout: timeline, or",
+    ),
+    ({"align": ALIGN, "side": {"als": True}}, "align.kind: coral; the other domain has no side vectors"),
+    ({"align": ALIGN, "train": {"torch_compile": True}}, "align.kind: coral; it looks at states inside the model"),
+    (
         {"side": {"als": True}, "adapter": {"method": "full"}},
         "side.als: true; adapter.method: full is saved as a model for anybody",
     ),
@@ -138,6 +145,7 @@ FINE: list[dict[str, Any]] = [
     {"adapter": {"method": "prefix"}, "start": {"adapter": "x"}},
     {"adapter": {"variant": "dora"}, "start": {"adapter": "x"}},
     {"adapter": {"variant": "rslora"}, "start": {"adapter": "x", "stack": True}},
+    {"align": ALIGN, "train": {"gradient_checkpointing": True, "fgm_epsilon": 0.5}, "start": {"adapter": "x"}},
     {"side": {"als": True, "items": ["a.npz", "b.npz"]}, "prompt": {"layout": "pointwise"}},
 ]
 
@@ -200,6 +208,11 @@ LAUNCHES: list[tuple[dict[str, Any], tuple[Any, ...], str]] = [
         "train.average_checkpoints: 3; fsdp keeps checkpoints in shards, which are not averaged",
     ),
     ({"train": {"fgm_epsilon": 1}}, ("deepspeed", 2), "train.fgm_epsilon: 1.0; deepspeed expects one backward pass"),
+    (
+        {"align": ALIGN},
+        ("fsdp", 2),
+        "align.kind: coral; what is trained beside the adapter cannot be cut into shards by",
+    ),
     ({"side": {"als": True}}, ("fsdp", 2), "side.als: true; its projectors stand at the embeddings, which fsdp cuts"),
     ({"side": {"items": "v.npz"}}, ("deepspeed", 2), "side.items: v.npz; its projectors stand at the embeddings"),
     ({"side": {"users": "v.npz"}}, ("fsdp", 2), "side.users: v.npz; its projectors stand at the embeddings"),

@@ -213,6 +213,28 @@ WRONG_VALUES = [
     ({"data__split": {"kind": "kfold", "test": 0.2}}, "data.split.test: does nothing under data.split.kind: kfold"),
     ({"data__split": {"valid": 0.5, "test": 0.5}}, "data.split: valid 0.5 and test 0.5 leave nothing to train on"),
     ({"data__split": {"valid": 0}}, "data.split.valid: 0; expected a share between 0 and 1, both excluded"),
+    (
+        {"align": {"kind": "mmd"}},
+        "align.target: missing; align.kind: mmd needs another domain's events; set align.target.items_where, align.tar",
+    ),
+    (
+        {"align": {"kind": "mmd", "target": {"name": "a", "interactions": "b"}}},
+        "align.target.interactions: b, and align.target.name too; expected one source; remove the other",
+    ),
+    ({"align": {"weight": 2}}, "align.weight: does nothing under align.kind: none; remove it, or change align.kind"),
+    ({"align": {"kind": "corel"}}, "align.kind: 'corel'; expected one of none, coral, mmd, adversarial, cpc"),
+    (
+        {"align": {"kind": "cpc", "ramp": 2, "target": {"name": "a"}}},
+        "align.ramp: 2; expected a share from 0 to 1",
+    ),
+    (
+        {"align": {"kind": "cpc", "target": {"name": "a", "items": "b.csv"}}},
+        "align.target.items: does nothing under align.target.interactions: null; remove it, or change align.target.int",
+    ),
+    (
+        {"align": {"kind": "cpc", "target": {"name": "a"}}, "adapter": {"method": "none"}},
+        "align.kind: does nothing under adapter.method: none; remove it, or change adapter.method",
+    ),
     ({"hub": {"push": True}}, "hub.repo_id: missing; hub.push needs to know where to: expected namespace/name"),
     ({"hub": {"push": True, "repo_id": "a/b/c"}}, "hub.repo_id: 'a/b/c'; expected namespace/name of a model on"),
     ({"hub": {"repo_id": "me/films"}}, "hub.repo_id: does nothing under hub.push: false; remove it, or change"),
@@ -621,7 +643,7 @@ def test_the_command_that_publishes_later() -> None:
 
 def test_keys_that_do_nothing_are_not_dumped() -> None:
     recipe = parse_recipe(SMALL, "x.yaml")
-    assert "hub" not in recipe_to_dict(recipe)
+    assert not {"hub", "side", "align"} & recipe_to_dict(recipe).keys()
     bare = replace(recipe, adapter=config.Adapter(method="none", r=3))
     assert recipe_to_dict(bare)["adapter"] == {"method": "none"}
     assert recipe_to_dict(recipe)["data"] == {

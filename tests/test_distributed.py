@@ -25,7 +25,7 @@ from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from peftrec import adapters, backbone, config, processes, prompts, scorer, side, side_vectors
+from peftrec import adapters, align, backbone, config, processes, prompts, scorer, side, side_vectors
 from peftrec import train as training
 from peftrec.errors import ConfigError, PeftrecError
 from peftrec.side_vectors import MarkedWindows
@@ -94,6 +94,10 @@ def do(base: Path, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         beside = side_vectors.of_run(log, recipe)
         side.attach(model, beside, recipe.side, seed=3)
     learned, valid = datasets(log, codec, beside)
+    alignment = None
+    if job.get("align"):
+        beside_them, _ = datasets(conftest.random_log(5, users=6), codec)
+        alignment = align.Alignment(config.Align(kind=job["align"]), beside_them, 3)
     state = processes.group()
     found: dict[str, Any] = {}
     if job.get("train") is not None:
@@ -117,6 +121,7 @@ def do(base: Path, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
                 folder=folder / name,
                 seed=3,
                 resume=job.get("resume", False),
+                alignment=alignment,
             )
         found |= {"log": fitted.log, "steps": fitted.steps, "events": fitted.events}
         if gradients and state.is_main_process:
@@ -210,10 +215,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "ln_tuning": {"adapter": {"method": "ln_tuning"}},
     "full": {"adapter": {"method": "full"}},
     "side": {"side": True},
+    "coral": {"align": "coral"},
+    "mmd": {"align": "mmd"},
+    "adversarial": {"align": "adversarial"},
+    "cpc": {"align": "cpc", "train": {"gradient_checkpointing": True}},
     # A trained head is a whole module of its own (modules_to_save).
     "head": {"head": "classifier", "train": {"gradient_checkpointing": True}},
 }
-SHARDED = [name for name in METHODS if name not in ("adalora", "side")]  # refused: tests/test_compatibility.py
+SHARDED = [
+    name for name in METHODS if name not in ("adalora", "side") and "align" not in METHODS[name]
+]  # refused: tests/test_compatibility.py
 
 
 def method_jobs(names: Iterable[str]) -> list[dict[str, Any]]:

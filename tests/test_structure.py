@@ -78,6 +78,8 @@ ORDER = (
     "scorer",
     "dealer",
     "fgm",
+    "align_losses",
+    "align",
     "train",
     "record",
     "looks",

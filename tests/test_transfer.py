@@ -16,7 +16,7 @@ from conftest import build_log, random_log
 from saved import save_adapter
 from test_pretraining import script
 
-from peftrec import config, earlier, few_shot, interactions, split
+from peftrec import align, config, earlier, few_shot, interactions, split
 from peftrec.encode import Encoder
 from peftrec.errors import ConfigError
 from peftrec.transfer_report import ALL, COUNTED, WAYS, report
@@ -76,12 +76,16 @@ def plan(tiny_llama_folder: Path, tmp_path: Path) -> Path:
 def test_every_shipped_plan_is_valid(path: Path, transfer: Any) -> None:
     options = transfer.argparse.Namespace(samples=None, seeds=None, ways=None, output_dir=None)
     found = transfer.read_plan(path, options)
-    assert list(found.samples) == ["16", "64", "256", "1024"]
+    assert list(found.samples) == ([] if found.aligned else ["16", "64", "256", "1024"])
     rest = GIVEN if found.source.adapter else []
+    words = {}
     for side in ["target"] + ([] if found.source.adapter else ["source"]):
-        words = transfer.side_words(found, side, path, rest)
-        recipe = config.load_recipe(words[1], words[2:])
+        words[side] = transfer.side_words(found, side, path, rest)
+        recipe = config.load_recipe(words[side][1], words[side][2:])
         assert (recipe.score.prior, recipe.prompt.max_tokens) == ("none", 256)
+    for kind in found.aligned:
+        more = transfer.aligned_words(found, kind, words)
+        assert config.load_recipe(more[1], more[2:]).align.kind == kind
 
 
 def test_cells_are_measured_once_and_told_in_one_report(
@@ -137,9 +141,61 @@ def test_cells_are_measured_once_and_told_in_one_report(
     assert asked == [32] * 2, "what learned nothing is not measured again"
 
 
+def test_the_source_beside_the_target_without_its_answers(
+    plan: Path, transfer: Any, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same training of the source but for `align`, whose other domain are the target's training events."""
+    values = yaml.safe_load(plan.read_text())
+    base = str(tmp_path / "base.yaml")
+    values |= {"aligned": {"coral": 2.0, "cpc": 0.5}, "samples": {}, "ways": {}}
+    plan.write_text(yaml.safe_dump(values))
+    started: dict[str, list[str]] = {}
+
+    def run_source(name: str, words: list[str]) -> None:
+        folder = Path(words[-2])
+        started[folder.name] = words[:-1]
+        if not folder.exists():
+            save_adapter(
+                tiny_llama_folder, folder / "adapter", config.Adapter(r=4), prior=None, strength=0.1 * len(started)
+            )
+
+    monkeypatch.setattr(transfer, "run", run_source)
+    run(transfer, monkeypatch, "--config", plan)
+    assert list(started) == ["source", "coral", "cpc"]
+    source, coral, cpc = (config.load_recipe(base, words[2:]) for words in started.values())
+    assert (coral.align.kind, coral.align.weight, cpc.align.weight) == ("coral", 2.0, 0.5)
+    assert dataclasses.replace(coral, align=source.align, output_dir=source.output_dir) == source
+    target = config.load_recipe(base, ["--data.items_where", "{genre: [Comedy]}"])
+    assert align.data_of(coral) == target.data
+    lines = (tmp_path / "out/transfer.md").read_text()
+    for line in (
+        "| 0 | transfer, aligned by CORAL | 1 |",
+        "| 0 | transfer, aligned by CORAL minus transfer: the source",
+    ):
+        assert line in lines
+    assert len({path.read_text() for path in (tmp_path / "out/cells").glob("c*-0-0.json")}) == 2
+
+    run(transfer, monkeypatch, "--config", plan, "--ways", "cpc")
+    assert "CORAL" not in (tmp_path / "out/transfer.md").read_text()
+    with pytest.raises(ConfigError, match=r"aligned: source and target differ in data\.split, seed"):
+        run(transfer, monkeypatch, "--config", plan, "--target.data.split.test", "0.2")
+    with pytest.raises(ConfigError, match="align; name its kinds and weights under aligned"):
+        run(transfer, monkeypatch, "--config", plan, "--target.align.kind", "mmd", "--target.align.target.name", "x")
+
+
+def test_text_is_said_word_for_word(transfer: Any) -> None:
+    values = {"data.name": "ml-100k", "data.items_where": {"genre": ["A b"]}, "train.evals": 2}
+    assert transfer.as_words(values) == [
+        *("--data.name", "ml-100k", "--data.items_where", '{"genre": ["A b"]}', "--train.evals", "2")
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "words", "message"),
     [
+        ({"aligned": {"corel": 1}}, [], "'corel'; expected one of coral, mmd, adversarial, cpc"),
+        ({"aligned": {"mmd": 1}, "source": {"adapter": "x"}}, [], "aligned: needs a source that is trained here"),
+        ({"aligned": {"mmd": 1}}, ["--ways", "cpc"], "ways: cpc; expected some of adapted, target_only, mmd"),
         ({"seed": 1}, [], "seed: unknown key; did you mean seeds?"),
         ({"ways": {"adpted": 1}}, [], "'adpted'; expected one of target_only, adapted"),
         ({}, ["--ways", "stacked"], "ways: stacked; expected some of adapted, target_only"),

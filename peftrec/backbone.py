@@ -312,20 +312,30 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
 
 
-def dtype_here(wanted: str) -> str:
-    """The name of the type in which a base model computes here; `auto` is what this processor is best at.
+def with_dtype(recipe: config.Recipe) -> config.Recipe:
+    """The recipe with the type that its model computes in here instead of `auto`, so that a run says what it was."""
+    dtype: Any = dtype_here(recipe.model.dtype)
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype=dtype))
+
+
+def dtype_here(wanted: str, device: str | None = None) -> str:
+    """The name of the type in which a base model computes here; `auto` is what the processor is best at.
+
+    Args:
+        wanted: `auto` or the name itself.
+        device: as in torch; None is the GPU if there is one.
 
     A processor that has no bfloat16 of its own computes in it by detours: on a CPU with AVX2 alone products take five
     times as long as in float32, and are less exact.
     """
     if wanted != "auto":
         return wanted
-    return "bfloat16" if engine() == "deepspeed" or has_bfloat16() else "float32"
+    return "bfloat16" if engine() == "deepspeed" or has_bfloat16(device) else "float32"
 
 
-def has_bfloat16() -> bool:
-    """Whether the processor that the model goes to has instructions for bfloat16."""
-    if has_gpu():
+def has_bfloat16(device: str | None = None) -> bool:
+    """Whether `device`, or where a model goes by itself, has instructions for bfloat16."""
+    if has_gpu() if device is None else str(device).startswith("cuda"):
         on_gpu: bool = torch.cuda.is_bf16_supported(including_emulation=False)
         return on_gpu
     able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that we take

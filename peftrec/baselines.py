@@ -44,6 +44,7 @@ _LOWEST, _HIGHEST = 0.02, 0.98
 _BOUND = math.log(_HIGHEST / _LOWEST)
 _ALL = slice(None)
 _NEWTON_STEPS = 25
+_LEAST_STEP = 1e-9
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class Prior:
             prior = cls(float(found["mean"]), items, float(found["user_shrinkage"]))
             if not all(map(math.isfinite, (prior.mean, *items.values()))) or not 0 < prior.user_shrinkage < math.inf:
                 raise ValueError("a number out of range")
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise ModelError(
                 f"prior: {error}; expected mean, items and user_shrinkage as finite numbers; fetch the adapter again"
             ) from None
@@ -385,15 +386,28 @@ def platt(
 def logistic(design: Floats, liked: npt.NDArray[np.bool_], prior: Floats) -> Floats:
     """Weights (d,) of log-odds `design @ weights`, by Newton steps under a Gaussian prior around `prior` (d,).
 
+    A step that would make things worse, as from where all chances are near 0 or 1, is halved until it does not.
+
     Args:
         design: (n, d).
         liked: (n,).
         prior: where the weights are without rows, each with a deviation of one.
     """
-    found = prior
+
+    def loss(weights: Floats) -> float:
+        log_odds = design @ weights
+        of_rows = np.logaddexp(0, np.where(liked, -log_odds, log_odds))
+        return float(of_rows.sum() + np.sum((weights - prior) ** 2) / 2)
+
+    found, lowest = prior, loss(prior)
     for _ in range(_NEWTON_STEPS):
         chance = chances(np.clip(design @ found, -30, 30))
         gradient = (chance - liked) @ design + (found - prior)
         curvature = (design * (chance * (1 - chance))[:, None]).T @ design + np.eye(len(prior))
-        found = found - np.linalg.solve(curvature, gradient)
+        step = np.linalg.solve(curvature, gradient)
+        while (reached := loss(found - step)) > lowest and np.abs(step).max() > _LEAST_STEP:
+            step = step / 2
+        if reached > lowest:
+            break
+        found, lowest = found - step, reached
     return found

@@ -29,6 +29,7 @@ _FIRST_ROUNDS, _ROUNDS = 25, 24  # that are forgotten, and that are averaged
 _SIDE_PENALTY = 5.0  # on weights of side information, in units of the factors' own variance
 _POWER_ROUNDS = 12
 _RARE = 10.0  # events at the centre that an item's traits start from
+_LARGEST_TRAIT = 100.0  # of an item that one person alone has met, among very many people
 _LEAST_BETWEEN = 0.01  # of what differs within people: less than that between them is taken for noise
 _ROUNDING = 1e-12
 _DIGITS = 6
@@ -199,7 +200,7 @@ def _traits(user: Codes, item: Codes, items: int, seed: int) -> _Traits:
     traits = np.where(met, (found - centre) / np.sqrt(between), 0.0)
     beside = np.where(met, (found - centre) / np.sqrt(within + between), 0.0)
     shrinkage = np.round(np.maximum(within / between, 1.0), _DIGITS)
-    traits = np.round(traits, _DIGITS).astype(np.float64)
+    traits = np.round(np.clip(traits, -_LARGEST_TRAIT, _LARGEST_TRAIT), _DIGITS).astype(np.float64)
     return _Traits(traits, shrinkage, by_user.sums(traits, item) / (of_user[:, None] + shrinkage), beside)
 
 

@@ -40,6 +40,8 @@ Rows = npt.NDArray[np.bool_]
 NAME = "bpmf"
 MOST_EVENTS = 5_000_000
 """Training events are read some hundred times over: an hour for so many."""
+MOST_ITEMS = 300_000
+"""All draws of an item are kept while they are averaged: 6 kB each."""
 
 _GROUPS = 5
 _NEWS_SHRINKAGE = 40.0  # events that were as expected
@@ -128,7 +130,7 @@ class BpmfPrior:
         """
         try:
             return _checked_prior(json.loads(text))
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError, OverflowError) as error:
             names = ", ".join(field.name for field in fields(cls))
             raise ModelError(
                 f"prior: {error}; expected {NAME} 1 and {names}, in numbers; fetch the adapter again"
@@ -197,6 +199,8 @@ def predict(
     train = log.split == 0
     if (events := int(train.sum())) > MOST_EVENTS:
         raise DataError(f"{NAME} with {events:,} training events; expected at most {MOST_EVENTS:,}; leave it out")
+    if len(log.items) > MOST_ITEMS:
+        raise DataError(f"{NAME} with {len(log.items):,} items; expected at most {MOST_ITEMS:,}; leave it out")
     known, answer = side_information(log), np.asarray(log.scale)[log.label]
 
     def fitted(rows: Rows) -> Posterior:
@@ -228,7 +232,7 @@ def side_information(log: Log) -> Floats:
     """Kinds and years of items in numbers around one (items, g); no numbers where the items table names none."""
     columns = [of_kind.astype(np.float64) for of_kind in boosting.kinds(log.items)]
     years = boosting.years(log.items)[:-1]
-    if (has_year := ~np.isnan(years)).any():
+    if (has_year := np.isfinite(years)).any():
         spread = float(years[has_year].std()) or 1.0
         columns.append(np.where(has_year, (years - years[has_year].mean()) / spread, 0.0))
     return np.stack(columns, axis=1) if columns else np.zeros((len(log.items), 0))
@@ -263,10 +267,10 @@ def _weights(predicted: Floats, item_mean: Floats, log: Log, mean: float) -> tup
     """Of prediction and item mean in log-odds, by the validation rows; the tangent's where there are none."""
     valid, variance = log.split == 1, max(mean * (1 - mean), _LEAST_VARIANCE)
     centre = math.log((mean + _LEAST_VARIANCE) / (1 - mean + _LEAST_VARIANCE))
-    start = np.array([1 / variance, 0.0, centre - mean / variance])
-    design = np.stack([predicted[valid], item_mean[valid], np.ones(int(valid.sum()))], axis=1)
-    slope, item_slope, intercept = logistic(design, log.label[valid] == 1, start).tolist()
-    return slope, item_slope, intercept
+    spread = math.sqrt(variance)  # in these units a deviation of one means the same whatever the share of likes
+    design = np.stack([(predicted[valid] - mean) / spread, item_mean[valid], np.ones(int(valid.sum()))], axis=1)
+    slope, item_slope, level = logistic(design, log.label[valid] == 1, np.array([1 / spread, 0.0, centre])).tolist()
+    return slope / spread, item_slope, level - slope * mean / spread
 
 
 def _prior(log: Log, items: Posterior, log_odds: LogOdds | None) -> BpmfPrior:
@@ -308,6 +312,8 @@ def _checked_prior(found: Any) -> BpmfPrior:
         if set(given) != {field.name for field in fields(LogOdds)}:
             raise ValueError(f"log_odds with keys {sorted(given)}")
         slope, item_slope, intercept = (_number(given[name], _LARGEST) for name in _WEIGHTS)
+        for each in (given["item_mean"]["mean"], *given["item_mean"]["items"].values()):
+            _number(each, _LARGEST)
         log_odds = LogOdds(slope, item_slope, intercept, Prior.from_json(json.dumps(given["item_mean"])))
     return BpmfPrior(_number(found["mean"], _LARGEST), deviation, shrinkage, items, (low, high), log_odds)
 

@@ -114,7 +114,8 @@ class Embedder:
             reading: how texts become vectors.
             revision: branch, tag or commit on the Hub.
             base_model: as in `Recommender.from_pretrained`, for adapters.
-            dtype: of the weights: float32, bfloat16 or float16; None is that of an adapter's training, else float32.
+            dtype: of the weights: float32, bfloat16 or float16; None is as in `Recommender.from_pretrained`
+                for adapters, else float32.
             device: as in torch; None is the GPU if there is one.
             trust_remote_code: run Python code that comes with the base model.
             token: for the Hub.
@@ -298,7 +299,7 @@ def is_adapter(name: str, revision: str | None = None, token: str | bool | None 
         return True
     if folder.is_dir():
         return any((place / artifact.FILE).is_file() for place in (folder, folder / "adapter"))
-    if not loading.is_hub_id(name):
+    if not loading.HUB_ID.fullmatch(name):
         return False
     from huggingface_hub import file_exists, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError

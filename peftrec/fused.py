@@ -80,7 +80,7 @@ class LowRank(nn.Module):
         if x.dtype == torch.float32:  # no pass over memory for the sum
             flat = x.reshape(-1, x.shape[-1])
             found = F.linear(flat, base.weight, base.bias)
-            return found.addmm_(F.linear(flat, first), second.t(), alpha=scaling).view(*x.shape[:-1], -1)
+            return found.addmm_(F.linear(flat, first), second.t(), alpha=scaling).view(*x.shape[:-1], second.shape[0])
         update = F.linear(F.linear(x.float(), first), second)
         return torch.add(F.linear(x, base.weight, base.bias), update, alpha=scaling).to(x.dtype)
 

@@ -49,12 +49,18 @@ def find(
     """
     name = str(adapter)
     folder = Path(name).expanduser()
-    local = name.startswith(values.FILE_TARGET) or not is_hub_id(name)
+    asked = HUB_ID.fullmatch(name) is not None and not folder.is_dir() and revision is not None
+    local = name.startswith(values.FILE_TARGET) or not (asked or is_hub_id(name))
     if local and revision is not None:
         raise ModelError(f"{name}: revision {revision}; a folder has no revisions; leave it out, or name a Hub id")
     if name.startswith(values.FILE_TARGET):
         return hub.pull(name)
     if local:
+        if HUB_ID.fullmatch(name) and not folder.is_dir():
+            raise ModelError(
+                f"{name}: no such folder, though there is {folder.parent}; expected a folder with an adapter that "
+                "peftrec saved; give a revision (main) too if it is on the Hub"
+            )
         inner = folder / "adapter"
         return inner if not (folder / artifact.FILE).is_file() and (inner / artifact.FILE).is_file() else folder
     try:
@@ -124,7 +130,7 @@ def load_base(
     wanted = config.Model(
         name=named.name if chosen is None else str(chosen),
         revision=named.revision if chosen is None else None,
-        dtype=dtype or ("auto" if named.dtype == "bfloat16" else named.dtype),  # type: ignore[arg-type]
+        dtype=dtype or backbone.dtype_here("auto" if named.dtype == "bfloat16" else named.dtype, device),  # type: ignore[arg-type]
         trust_remote_code=trust_remote_code,
         load_in_4bit=quantize == "4bit",
         load_in_8bit=quantize == "8bit",

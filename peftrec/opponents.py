@@ -13,6 +13,7 @@ from peftrec import baselines, boosting, bpmf, classical, click_factors, lstm_cl
 from peftrec.baselines import History, Prior, Shrinkage
 from peftrec.bpmf import BpmfPrior
 from peftrec.click_factors import ClickFactors
+from peftrec.errors import DataError, ModelError
 from peftrec.rating_baselines import RatingPrior
 
 if TYPE_CHECKING:
@@ -47,7 +48,10 @@ def prior_from_json(task: Literal["click", "rating"], text: str) -> SavedPrior:
         ModelError: the text is none.
     """
     if f'"{bpmf.NAME}"' in text[:20]:
-        return BpmfPrior.from_json(text)
+        prior = BpmfPrior.from_json(text)
+        if (prior.log_odds is None) is (task == "click"):
+            raise ModelError(f"prior: of another task than {task}; fetch the adapter again")
+        return prior
     if task == "rating":
         return RatingPrior.from_json(text)
     return (ClickFactors if '"factors"' in text[:20] else Prior).from_json(text)
@@ -104,7 +108,7 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
         item_mean = (found["item_mean"], _item_mean(log, clicks.shrinkage)) if clicks else None
         bayes = bpmf.predict(log, *ways, item_mean, recipe.seed, training=kind == bpmf.NAME, items=items)
         found, settings = {**found, bpmf.NAME: bayes.scores}, {**settings, bpmf.NAME: bayes.settings}
-        saved = bayes.prior if kind == bpmf.NAME else saved
+        saved = _loadable(bayes.prior) if kind == bpmf.NAME else saved
     prior = None if kind == "none" else found[kind].astype(np.float32)
     others = classical.predict(log, evaluation.baselines, evaluation.history, evaluation.ties, recipe.task, recipe.seed)
     found, settings = {**found, **others.scores}, {**settings, **dict(others.settings)}
@@ -115,6 +119,14 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
         name: found[name] for name in wanted if name in found and (name != kind or name in evaluation.baselines)
     }
     return Opponents(reported, prior, saved, settings)
+
+
+def _loadable(prior: BpmfPrior) -> BpmfPrior:
+    """The prior, if it will be taken for one when it is read again: this is to be known before anything is trained."""
+    try:
+        return BpmfPrior.from_json(prior.to_json())
+    except (ModelError, ValueError) as error:
+        raise DataError(f"score.prior: {bpmf.NAME} of these events has numbers too large to save; choose mf") from error
 
 
 def _item_mean(log: Log, shrinkage: Shrinkage) -> Prior:

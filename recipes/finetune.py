@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="continue a killed run from its newest checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in output_dir")
     arguments, overrides = parser.parse_known_args()
-    recipe = config.load_recipe(arguments.config, overrides)
+    recipe = backbone.with_dtype(config.load_recipe(arguments.config, overrides))
     folder = Path(recipe.output_dir)
     state = processes.group()
     say = print if state.is_main_process else lambda *_: None

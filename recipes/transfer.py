@@ -243,7 +243,7 @@ def flat(changes: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def prepare(plan: Plan, words: Mapping[str, Sequence[str]]) -> Setting:
     """Train the source, and on the target's texts where that is wanted; draw the test rows."""
-    target = config.load_recipe(words["target"][1], words["target"][2:])
+    target = backbone.with_dtype(config.load_recipe(words["target"][1], words["target"][2:]))
     facts = []
     if plan.source.adapter is None:
         source = config.load_recipe(words["source"][1], words["source"][2:])

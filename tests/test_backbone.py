@@ -77,6 +77,17 @@ class TestDtypeHere:
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
         assert backbone.dtype_here("auto") == "float32"
 
+    def test_a_device_is_asked_itself(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+        assert [backbone.dtype_here("auto", device) for device in (None, "cuda:0", "cpu")] == [
+            "bfloat16",
+            "bfloat16",
+            "float32",
+        ]
+
     @pytest.mark.parametrize("able", [{"avx512_bf16": True}, {}])
     def test_what_was_loaded_is_recorded(
         self, monkeypatch: pytest.MonkeyPatch, tiny_llama_folder: Path, able: dict[str, bool]

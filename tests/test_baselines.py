@@ -297,3 +297,16 @@ def test_a_broken_prior_is_refused_in_one_line(text):
     with pytest.raises(ModelError) as error:
         Prior.from_json(text)
     assert "\n" not in str(error.value)
+
+
+def test_newton_steps_from_certain_chances_come_back() -> None:
+    """From a slope of 50 all chances are near 0 or 1: a whole step leads far off, and the next one further."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(0, 0.4, 2000)
+    liked = rng.random(2000) < 0.05
+    design = np.stack([x, np.ones_like(x)], axis=1)
+    slope, level = baselines.logistic(design, liked, np.array([50.0, 0.0]))
+    share = liked.mean()
+    entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share))
+    found = float(np.mean(np.logaddexp(0, np.where(liked, -1, 1) * (slope * x + level))))
+    assert found < 1.5 * entropy + 50**2 / 2 / 2000

@@ -305,6 +305,8 @@ GOOD: dict[str, Any] = {
         {"log_odds": {}},
         {"log_odds": {**GOOD["log_odds"], "slope": "4"}},
         {"log_odds": {**GOOD["log_odds"], "item_mean": {}}},
+        {"log_odds": {**GOOD["log_odds"], "item_mean": {**GOOD["log_odds"]["item_mean"], "mean": 10**400}}},
+        {"log_odds": {**GOOD["log_odds"], "item_mean": {**GOOD["log_odds"]["item_mean"], "items": {"a": 1e300}}}},
     ],
 )
 def test_a_broken_prior_is_refused_in_one_line(change: dict[str, Any]) -> None:
@@ -345,3 +347,30 @@ def test_a_recipe_may_want_it_as_baseline_and_as_prior(task: str, kind: str) -> 
         assert found.prior is not None
         assert np.isfinite(found.prior).all()
         assert isinstance(found.saved_prior, BpmfPrior)
+
+
+@pytest.mark.parametrize(("task", "log_odds"), [("click", None), ("rating", GOOD["log_odds"])])
+def test_a_prior_of_the_other_task_is_refused(task: Any, log_odds: Any) -> None:
+    text = json.dumps({**GOOD, "log_odds": log_odds})
+    with pytest.raises(ModelError, match=f"of another task than {task}"):
+        opponents.prior_from_json(task, text)
+
+
+def test_rare_likes_do_not_make_it_sure_of_itself() -> None:
+    rng = np.random.default_rng(3)
+    log = two_tastes("click", 1000)
+    mean, liked = 0.02, rng.random(1000) < 0.02
+    log = replace(log, split=np.where(np.arange(1000) < 400, 1, 0).astype(np.int8), label=liked.astype(np.int8))
+    predicted, item_mean = mean + rng.normal(0, 0.05, 1000), np.full(1000, np.log(mean / (1 - mean)))
+    slope, item_slope, intercept = bpmf._weights(predicted, item_mean, log, mean)
+
+    def loss(log_odds: np.ndarray) -> float:
+        return float(np.mean(np.logaddexp(0, np.where(liked, -log_odds, log_odds))[:400]))
+
+    assert loss(slope * predicted + item_slope * item_mean + intercept) < loss(item_mean) + 0.01
+
+
+def test_too_many_items_are_refused(clicks: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpmf, "MOST_ITEMS", 41)
+    with pytest.raises(DataError, match="bpmf with 42 items; expected at most 41"):
+        bpmf.predict(clicks, "frozen", item_mean=None)

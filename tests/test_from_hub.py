@@ -10,10 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hub_server import READ, HubServer
 from samples import FILMS
 from test_recommender import save_adapter
@@ -210,7 +212,7 @@ def test_a_mistyped_folder_is_no_riddle(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ModelError, match=r"no such folder; expected a folder with an adapter"):
         Recommender.from_pretrained("typo")
     (tmp_path / "runs").mkdir()  # now it can only be one of the runs there, and nobody asks the Hub
-    with pytest.raises(ModelError, match=r"runs/typo: no such folder; expected a folder with an adapter"):
+    with pytest.raises(ModelError, match=r"runs/typo: no such folder, though there is runs; expected a folder with an"):
         Recommender.from_pretrained("runs/typo")
 
 
@@ -225,3 +227,30 @@ def test_a_run_and_a_file_target(tiny_llama_folder: Path, tmp_path: Path) -> Non
     shutil.copy(folder / "adapter_model.safetensors", folder / "weights.bin")
     with pytest.raises(HubError, match=r"weights\.bin: a format that can run code"):
         Recommender.from_pretrained(f"file:{folder}", items=FILMS, base_model=tiny_llama_folder)
+
+
+@pytest.mark.parametrize(
+    ("trained", "able", "expected"),
+    [
+        ("bfloat16", {}, "float32"),
+        ("bfloat16", {"avx512_bf16": True}, "bfloat16"),
+        ("float32", {"avx512_bf16": True}, "float32"),
+        ("float16", {}, "float16"),
+    ],
+)
+def test_the_type_of_the_training_where_the_processor_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str, able: dict[str, bool], expected: str
+) -> None:
+    wanted: list[str] = []
+
+    def load(model: Any, *args: Any, **kwargs: Any) -> None:
+        wanted.append(model.dtype)
+        raise ModelError("far enough")
+
+    monkeypatch.setattr(loading.backbone, "load", load)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    about: Any = SimpleNamespace(base_model=SimpleNamespace(name="base", revision=None, dtype=trained, fingerprint="0"))
+    monkeypatch.setattr(loading, "target_of", lambda about: None)
+    with pytest.raises(ModelError, match="far enough"):
+        loading.load_base(about, tmp_path, device="cpu")
+    assert wanted == [expected]

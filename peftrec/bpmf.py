@@ -267,10 +267,10 @@ def _weights(predicted: Floats, item_mean: Floats, log: Log, mean: float) -> tup
     """Of prediction and item mean in log-odds, by the validation rows; the tangent's where there are none."""
     valid, variance = log.split == 1, max(mean * (1 - mean), _LEAST_VARIANCE)
     centre = math.log((mean + _LEAST_VARIANCE) / (1 - mean + _LEAST_VARIANCE))
-    spread = math.sqrt(variance)  # in these units a deviation of one means the same whatever the share of likes
-    design = np.stack([(predicted[valid] - mean) / spread, item_mean[valid], np.ones(int(valid.sum()))], axis=1)
-    slope, item_slope, level = logistic(design, log.label[valid] == 1, np.array([1 / spread, 0.0, centre])).tolist()
-    return slope / spread, item_slope, level - slope * mean / spread
+    # In these units the tangent's slope is one, and a deviation of one leaves none of it, however rare a like is.
+    design = np.stack([(predicted[valid] - mean) / variance, item_mean[valid], np.ones(int(valid.sum()))], axis=1)
+    slope, item_slope, level = logistic(design, log.label[valid] == 1, np.array([1.0, 0.0, centre])).tolist()
+    return slope / variance, item_slope, level - slope * mean / variance
 
 
 def _prior(log: Log, items: Posterior, log_odds: LogOdds | None) -> BpmfPrior:

@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+MERGED_FROM = 64
+"""Tokens from which on it pays to add an update to the weights first."""
 PLAIN_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Layers that add attention and then a feed-forward part to their input, each behind a norm, and do nothing else."""
 
@@ -77,10 +79,8 @@ class LowRank(nn.Module):
         if layer.training and torch.is_grad_enabled():
             found = _LowRank.apply(x, base.weight, base.bias, first, second, scaling)  # type: ignore[no-untyped-call]
             return found
-        if x.dtype == torch.float32:  # no pass over memory for the sum
-            flat = x.reshape(-1, x.shape[-1])
-            found = F.linear(flat, base.weight, base.bias)
-            return found.addmm_(F.linear(flat, first), second.t(), alpha=scaling).view(*x.shape[:-1], second.shape[0])
+        if x.dtype == torch.float32 and x.numel() >= MERGED_FROM * x.shape[-1]:
+            return F.linear(x, _merged(base.weight, first, second, scaling), base.bias)
         update = F.linear(F.linear(x.float(), first), second)
         return torch.add(F.linear(x, base.weight, base.bias), update, alpha=scaling).to(x.dtype)
 
@@ -103,6 +103,14 @@ def _is_simple(layer: Any, name: str, x: torch.Tensor) -> bool:
     )
 
 
+def _merged(weight: torch.Tensor, first: torch.Tensor, second: torch.Tensor, scaling: float) -> torch.Tensor:
+    """W + s B A. Adding so small a product to a wide output takes a fourth of the base product's time, to W a fiftieth.
+
+    In float32 alone: in bfloat16 an update that is small beside W would be rounded away.
+    """
+    return torch.addmm(weight, second, first, alpha=scaling)
+
+
 class _LowRank(torch.autograd.Function):
     """x W' + b + s (x A') B', all products in the type of x, and their gradients but those of W and b."""
 
@@ -117,12 +125,16 @@ class _LowRank(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
+        ctx.scaling = scaling
+        if x.dtype == torch.float32:
+            out = F.linear(flat, _merged(weight, first, second, scaling), bias)
+            ctx.save_for_backward(flat, weight, first.t(), second * scaling, None)
+            return out.view(*x.shape[:-1], -1)
         down = first.to(x.dtype).t().contiguous()  # (in, r): this way round the product takes two thirds of the time
         up = (second * scaling).to(x.dtype)  # (out, r)
         inner = flat @ down
         out = F.linear(flat, weight, bias).addmm_(inner, up.t())
         ctx.save_for_backward(flat, weight, down, up, inner)
-        ctx.scaling = scaling
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -131,10 +143,14 @@ class _LowRank(torch.autograd.Function):
         gradient = gradients[0].reshape(-1, up.shape[0])
         of_inner = gradient @ up
         of_first = (of_inner.t() @ flat).float()
-        of_second = (gradient.t() @ inner).float().mul_(ctx.scaling)
+        of_second = (gradient.t() @ (flat @ down if inner is None else inner)).float().mul_(ctx.scaling)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = (gradient @ weight).addmm_(of_inner, down.t()).view(*gradients[0].shape[:-1], -1)
+            if inner is None:
+                of_x = gradient @ torch.addmm(weight, up, down.t())
+            else:
+                of_x = (gradient @ weight).addmm_(of_inner, down.t())
+            of_x = of_x.view(*gradients[0].shape[:-1], -1)
         return of_x, None, None, of_first, of_second, None
 
 

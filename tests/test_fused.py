@@ -98,9 +98,10 @@ def test_lora_trains_as_pefts(dtype: torch.dtype, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_lora_scores_as_pefts(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tokens", [3, fused.MERGED_FROM])
+def test_lora_scores_as_pefts(dtype: torch.dtype, tokens: int) -> None:
     short, long = short_and_long(lora_layer(dtype))
-    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(tokens, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
     short.eval(), long.eval()
     with torch.no_grad():
         ours, theirs = short(x), long(x)

@@ -83,11 +83,9 @@ class _Loader(DataLoader[Any]):
     """A data loader that Trainer tells which epoch it is in."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass it on to the sampler and to the rows."""
+        """Pass it on to the sampler, which tells the rows."""
         assert isinstance(self.batch_sampler, StepSampler)
-        assert isinstance(self.dataset, WindowDataset | align.Pairs)
         self.batch_sampler.set_epoch(epoch)
-        self.dataset.set_epoch(epoch)
 
 
 class WindowTrainer(Trainer):  # type: ignore[misc]
@@ -127,17 +125,19 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Every row once an epoch, dealt to the processes so that they finish together."""
         data, args = self.train_dataset, self.args
+        lengths = data.lengths
+        together: Any = collate
+        if self.alignment is not None:
+            data, together = self.alignment.beside(data), align.Pairs.collate
         sampler = StepSampler(
-            data.lengths,
+            lengths,
             batch=args.per_device_train_batch_size,
             passes=args.gradient_accumulation_steps * args.world_size,
             seed=args.seed,
             rank=args.process_index,
             world=args.world_size,
+            tell=data.set_epoch,
         )
-        together: Any = collate
-        if self.alignment is not None:
-            data, together = self.alignment.beside(data), align.Pairs.collate
         blank = data.blank()
         return _Loader(
             data,

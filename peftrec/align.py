@@ -5,8 +5,8 @@ seed, epoch and row alone, and a pass's loss weighs as much as its share of the 
 however many processes share it, and a run that is resumed goes on as it would have gone on.
 
 A history has to show answers, and those of the other domain are not to be known. So each of its people is shown with
-the answers of one of the source, in their order: form, length and moods of a history are the same on both sides, and
-say nothing of the other domain's items.
+the answers of one of the source, in their order: form and moods of a history are the same on both sides, and say
+nothing of the other domain's items.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from peftrec import align_losses, config, interactions
 from peftrec.artifact import public_name
+from peftrec.augment import Augment
 from peftrec.encode import Encoder
 from peftrec.errors import DataError
 from peftrec.interactions import drawn_order
@@ -42,12 +43,28 @@ Row = dict[str, np.ndarray]
 # --- the other domain's events ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Other:
+    """Another domain, read.
+
+    Attributes:
+        log: its training events with lent answers.
+        sha256: of the values of its tables.
+        warnings: what was left out or assumed, one line each.
+    """
+
+    log: Log
+    sha256: str
+    warnings: tuple[str, ...]
+
+
 def data_of(recipe: config.Recipe) -> config.Data:
     """The section `data` that the other domain's events are read by."""
     ours, other = recipe.data, recipe.align.target
     if other.name is None and other.interactions is None:
         return dataclasses.replace(ours, items_where=other.items_where)
-    return config.Data(split=ours.split, **{one.name: getattr(other, one.name) for one in dataclasses.fields(other)})
+    named = {one.name: getattr(other, one.name) for one in dataclasses.fields(other)}
+    return config.Data(split=ours.split, sample_users=ours.sample_users, **named)
 
 
 def check(recipe: config.Recipe, shown: Sequence[str]) -> None:
@@ -64,7 +81,7 @@ def check(recipe: config.Recipe, shown: Sequence[str]) -> None:
         interactions.check(data_of(recipe), shown, None)
 
 
-def unanswered(recipe: config.Recipe, source: Log) -> Log:
+def unanswered(recipe: config.Recipe, source: Log) -> Other:
     """The other domain's training events, by the recipe's split of it, with answers that source people gave.
 
     Raises:
@@ -72,8 +89,10 @@ def unanswered(recipe: config.Recipe, source: Log) -> Log:
     """
     data = data_of(recipe)
     with _under_its_name():
-        log = split(interactions.load(data, recipe.seed, None), data.split, recipe.seed, answered=False)
-    return with_lent_answers(log.keep(log.split == TRAIN), source, recipe.seed)
+        found = interactions.load(data, recipe.seed, None)
+        log = split(found, data.split, recipe.seed, answered=False)
+    lent = with_lent_answers(log.keep(log.split == TRAIN), source, recipe.seed)
+    return Other(lent, found.sha256, tuple(map(_with_its_name, found.warnings)))
 
 
 def with_lent_answers(log: Log, source: Log, seed: int) -> Log:
@@ -102,10 +121,13 @@ def _under_its_name() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        keys = "|".join(field.name for field in dataclasses.fields(config.OtherDomain))
-        named = re.sub(rf"\bdata\.({keys})\b", r"align.target.\1", str(error))
-        lines = (line if line.startswith("align.target") else f"align.target: {line}" for line in named.split("\n"))
-        raise DataError("\n".join(lines)) from error
+        raise DataError("\n".join(map(_with_its_name, str(error).split("\n")))) from error
+
+
+def _with_its_name(line: str) -> str:
+    keys = "|".join(field.name for field in dataclasses.fields(config.OtherDomain))
+    named = re.sub(rf"\bdata\.({keys})\b", r"align.target.\1", line)
+    return named if named.startswith("align.target") else f"align.target: {named}"
 
 
 # --- beside the training rows -----------------------------------------------------------------------------------------
@@ -119,31 +141,25 @@ class Alignment:
         how: the recipe's section.
         rows: the other domain's windows.
         seed: draws which of them stands beside which row, and the first weights of what is trained along.
+        sha256: of the values of the other domain's tables.
     """
 
     how: config.Align
     rows: WindowDataset
     seed: int
+    sha256: str = ""
 
     @classmethod
-    def of(cls, recipe: config.Recipe, encoder: Encoder, tokenizer: Any) -> Alignment | None:
-        """What a recipe asks for; None where that is nothing.
-
-        Args:
-            recipe: whose `align.target` is read now.
-            encoder: of the training data.
-            tokenizer: the base model's.
+    def of(cls, recipe: config.Recipe, other: Other, tokenizer: Any) -> Alignment:
+        """What a recipe asks for, whose training rows vary as those of the other domain do.
 
         Raises:
-            AssetError, DataError: as `unanswered`.
+            DataError: the prompt does not go with the other domain's items.
         """
-        if not recipe.align.used:
-            return None
-        log = unanswered(recipe, encoder.log)
         shuffle = recipe.seed if recipe.train.order == "random" else None
         with _under_its_name():
-            other = Encoder(log, recipe.prompt, tokenizer, recipe.eval.ties, task=recipe.task, shuffle=shuffle)
-        return cls(recipe.align, other.train(None), recipe.seed)
+            encoder = Encoder(other.log, recipe.prompt, tokenizer, recipe.eval.ties, task=recipe.task, shuffle=shuffle)
+        return cls(recipe.align, encoder.train(None, Augment.of(recipe)), recipe.seed, other.sha256)
 
     def facts(self) -> dict[str, Any]:
         """What a run says of it, without folders of this machine."""
@@ -152,7 +168,9 @@ class Alignment:
         return {
             "kind": self.how.kind,
             "weight": self.how.weight,
+            "ramp": self.how.ramp,
             "data": "the same data" if source is None else public_name(source),
+            "sha256": self.sha256,
             "items_where": other.items_where,
             "events": self.rows.events,
         }
@@ -165,7 +183,8 @@ class Alignment:
         """Give a model what is trained beside its adapter, so that optimizer, processes and checkpoints know of it."""
         inner = _inner(model)
         width = inner.get_input_embeddings().weight.shape[1]
-        states: int = inner.config.hidden_size
+        text = inner.config.get_text_config()
+        states: int = getattr(text, "word_embed_proj_dim", text.hidden_size)  # OPT leads its last layer back to these
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             part: nn.Module = nn.Identity()
@@ -176,9 +195,14 @@ class Alignment:
                 nn.init.zeros_(part.weight)
         setattr(model, PART, part.to(model.device))
 
-    def detach(self, model: Any) -> None:
-        """Take it away again: the model is what it was, with another adapter."""
-        delattr(model, PART)
+    @contextmanager
+    def attached(self, model: Any) -> Iterator[None]:
+        """The same for a while: behind it the model is what it was, with another adapter."""
+        self.attach(model)
+        try:
+            yield
+        finally:
+            delattr(model, PART)
 
     def loss(self, model: Any, batch: dict[str, torch.Tensor], states: torch.Tensor, progress: float) -> torch.Tensor:
         """The loss of one forward pass, a number.
@@ -192,13 +216,13 @@ class Alignment:
         share = self.how.weight * align_losses.strength(progress, self.how.ramp)
         part = getattr(model, PART)
         asked = batch["labels"][batch["reads"]] >= 0
+        if self.how.kind == "cpc":
+            return share * self._next_items(model, batch, states[~asked].float())
         source, target = align_losses.alike_in_size(states[asked], states[~asked])
         if self.how.kind == "coral":
             return share * align_losses.coral(source, target)
         if self.how.kind == "mmd":
             return share * align_losses.mmd(source, target)
-        if self.how.kind == "cpc":
-            return share * self._next_items(model, batch, states[~asked].float())
         # What tells apart learns from the first step on; it is its adversary that begins slowly.
         reversal = align_losses.strength(progress, self.how.ramp)
         told = [part(align_losses.reverse(one, reversal))[:, 0] for one in (source, target)]
@@ -255,8 +279,9 @@ class Pairs:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the pairs, and the forms of the source's rows, of this epoch from now on."""
+        """Draw the pairs, and the forms of all rows, of this epoch from now on."""
         self.source.set_epoch(epoch)
+        self.target.set_epoch(epoch)
         self._order = drawn_order(len(self.target), self.seed, f"align, epoch {epoch}")
 
     def __len__(self) -> int:
@@ -294,7 +319,8 @@ def _inner(model: Any) -> Any:
 def watched(model: Any) -> Iterator[list[torch.Tensor]]:
     """Collect the last states, before the head, of each forward pass: (B, T, H), or (1, N, H) of read positions."""
     found: list[torch.Tensor] = []
-    handle = _inner(model).base_model.register_forward_hook(lambda _, __, output: found.append(output[0]))
+    # Not its base_model, which OPT's head passes by.
+    handle = _inner(model).get_decoder().register_forward_hook(lambda _, __, output: found.append(output[0]))
     try:
         yield found
     finally:

@@ -31,12 +31,12 @@ def strength(progress: float, ramp: float) -> float:
 def alike_in_size(source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both (n, d) and (m, d), in float32, divided by the root mean square of all their numbers.
 
-    Base models differ in the size of their states; behind this a weight means the same for all. The divisor has no
-    gradient: domains shall not come together by shrinking.
+    Base models differ in the size of their states; behind this a weight means the same for all. The gradient goes
+    through the divisor, so that no loss of the two is lowered by making all states smaller.
     """
     source, target = source.float(), target.float()
-    together = torch.cat((source.detach(), target.detach()))
-    size = together.square().mean().sqrt().clamp_min(1e-12) if together.numel() else 1.0
+    together = torch.cat((source, target))
+    size = together.square().mean().clamp_min(1e-24).sqrt() if together.numel() else 1.0
     return source / size, target / size
 
 
@@ -62,7 +62,7 @@ def mmd(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Squared maximum mean discrepancy under the mean of Gaussian kernels (Long et al., ICML 2015, section 3).
 
     A kernel is `exp(-distance^2 / width)`; `WIDTHS` says how wide, against the mean squared distance between any two
-    states, which has no gradient.
+    states. The gradient goes through that, too: drawing all states together lowers nothing.
 
     Args:
         source: states (n, d).
@@ -74,7 +74,7 @@ def mmd(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     squares = states.square().sum(dim=1)
     distance = (squares[:, None] + squares[None, :] - 2 * states @ states.T).clamp_min(0)
     pairs = max(1, len(states) * (len(states) - 1))
-    unit = (distance.detach().sum() / pairs).clamp_min(1e-12)
+    unit = (distance.sum() / pairs).clamp_min(1e-12)
     kernel = torch.stack([torch.exp(-distance / (width * unit)) for width in WIDTHS]).mean(dim=0)
     n = len(source)
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()

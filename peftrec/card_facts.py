@@ -176,11 +176,11 @@ def _scalars(node: yaml.Node | None, key: str = "") -> Iterator[tuple[str, yaml.
 
 def public_warnings(facts: Facts) -> list[str]:
     """The run's warnings, one line each; of paths on the author's machine only their last part."""
-    data = recipe_of(facts).data
+    recipe = recipe_of(facts)
+    data, other = recipe.data, recipe.align.target
     records = data.records.values() if isinstance(data.records, dict) else [data.records]
-    paths = [
-        path for path in (data.interactions, data.items, data.users, data.folder, *records) if path and is_local(path)
-    ]
+    named = [data.interactions, data.items, data.users, data.folder, other.interactions, other.items, other.folder]
+    paths = [path for path in (*named, *records) if path and is_local(path)]
     shown = list(facts.record.warnings)
     for path in sorted(paths, key=len, reverse=True):
         shown = [line.replace(path, last_part(path)) for line in shown]

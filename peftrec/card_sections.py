@@ -245,7 +245,7 @@ def effort(record: RunRecord) -> str:
     if other := adapter.get("aligned_with"):
         items = "; ".join(f"{column}: {', '.join(map(str, values))}" for column, values in other["items_where"].items())
         words.append(
-            f"A second loss ({other['kind']}, weight {other['weight']:g}) brought another domain nearer, "
+            f"A second loss ({other['kind']}, weight {other['weight']:g}) was to bring another domain nearer, "
             f"{inline(' '.join([other['data'], *([items] if items else [])]))}: of its {other['events']:,} training "
             "events no answer was read."
         )
@@ -269,7 +269,8 @@ def training_log(train: Mapping[str, Any]) -> str:
     heads = [f"validation {HEADINGS.get(key, key)}" for key in measured]
     rows: Table = [("step", "epoch", "training loss", *heads)]
     for line in lines:
-        before = [one["loss"] for one in losses if one["step"] <= line["step"]]
+        # As validation counts it: without what aligns domains.
+        before = [one["loss"] - one.get("align_loss", 0.0) for one in losses if one["step"] <= line["step"]]
         cells = [
             f"{line['step']:,.0f}",
             f"{line['epoch']:.2f}" if "epoch" in line else "-",

@@ -157,9 +157,20 @@ def _align_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
             "align.target.interactions or align.target.name"
         )
         yield "align.target", ("align.kind",), text
+    elif _own(target, recipe.data):
+        text = "names the recipe's own events; expected another domain; change its items_where, or its source"
+        yield "align.target", ("data",), text
     if target.name and target.interactions:
         text = f"{target.interactions}, and align.target.name too; expected one source; remove the other"
         yield "align.target.interactions", ("align.target.name",), text
+
+
+def _own(target: Any, data: Any) -> bool:
+    """Whether the other domain is the recipe's own one."""
+    ours = (data.name, data.folder, data.interactions)
+    named = (target.name, target.folder, target.interactions)
+    chosen, kept = ({column: set(one) for column, one in part.items_where.items()} for part in (target, data))
+    return named in ((None, None, None), ours) and chosen == kept
 
 
 def _task_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:

@@ -241,6 +241,13 @@ RULES = (
         _aligns(lambda recipe: recipe.train.torch_compile),
         "it looks at states inside the model, which a compiled model does not let it; remove one of them",
     ),
+    Rule(
+        "align.kind",
+        ("train.order",),
+        lambda recipe: recipe.align.kind == "cpc" and recipe.train.order == "random",
+        "it asks for the item that comes next, which a random order does not know; set train.order: time, or another "
+        "kind",
+    ),
     *(
         Rule(f"side.{key}", others, _side(key, applies), text)
         for key in ("als", "items", "users")

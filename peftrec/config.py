@@ -280,7 +280,10 @@ class Side:
 
 @dataclass(frozen=True)
 class OtherDomain:
-    """Events of another domain, whose answers nobody reads; what is not said here is as in `data`."""
+    """Events of another domain, whose answers nobody reads.
+
+    `split` and `sample_users` are those of `data`; without `name` and `interactions`, so is all but `items_where`.
+    """
 
     name: Text | None = None
     """A data set that peftrec knows; neither `name` nor `interactions` is the recipe's own data set."""
@@ -300,7 +303,7 @@ class OtherDomain:
 
 @dataclass(frozen=True)
 class Align:
-    """A loss that brings a domain without answers nearer, beside that of the answers."""
+    """A loss that is to bring a domain without answers nearer, beside that of the answers."""
 
     kind: Literal["none", "coral", "mmd", "adversarial", "cpc"] = "none"
     """States at the questions alike in both domains: by covariances (`coral`), by kernels (`mmd`), or so that a

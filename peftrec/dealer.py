@@ -8,7 +8,7 @@ themselves. So a run that was begun by one process can be continued by four.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -51,19 +51,30 @@ class StepSampler:
         seed: of the order.
         rank: this process.
         world: number of processes.
+        tell: is told each epoch, too: where a run goes on in the middle of one, Trainer tells nobody but the sampler.
     """
 
     def __init__(
-        self, tokens: Sequence[int], *, batch: int, passes: int, seed: int, rank: int = 0, world: int = 1
+        self,
+        tokens: Sequence[int],
+        *,
+        batch: int,
+        passes: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        tell: Callable[[int], None] | None = None,
     ) -> None:
         assert passes % world == 0
-        self.tokens = tokens
+        self.tokens, self.tell = tokens, tell
         self.batch, self.passes, self.seed, self.rank, self.world = batch, passes, seed, rank, world
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of this epoch from now on."""
         self.epoch = epoch
+        if self.tell is not None:
+            self.tell(epoch)
 
     def __len__(self) -> int:
         """Batches of one process in an epoch."""

@@ -112,7 +112,8 @@ def losses(
     loss: Loss = "cross_entropy",
 ) -> Figure | None:
     """Training and validation loss by step and, below, validation metrics; None if nothing was logged."""
-    trained = [(line["step"], line["loss"]) for line in train_log if "loss" in line]
+    # Validation has no loss that aligns domains; the two lines shall mean the same.
+    trained = [(line["step"], line["loss"] - line.get("align_loss", 0.0)) for line in train_log if "loss" in line]
     valid = {
         key: [(line["step"], line[f"eval_{key}"]) for line in train_log if np.isfinite(line.get(f"eval_{key}", np.nan))]
         for key in ("loss", *_VALID[task])

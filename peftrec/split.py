@@ -94,10 +94,10 @@ def split(interactions: Interactions, how: config.Split, seed: int, *, answered:
     """Sort the events and give each its split.
 
     A split that the source gives itself (a column, or one file each for train, valid and test) is used whatever `how`
-    says. Where the events are not `answered`, one label for all is no mistake.
+    says. Where the events are not `answered`, labels do not matter and training events are enough.
 
     Raises:
-        DataError: If a split comes out empty, or train or test with one class only.
+        DataError: If a split comes out empty, or train or test with one class only; not `answered`, if train does.
     """
     events = interactions.events
     order = sorted_order(events["user"].to_numpy(), events["timestamp"].to_numpy())
@@ -271,7 +271,7 @@ def by_name(column: pl.Series) -> np.ndarray:
 def _check(parts: np.ndarray, label: np.ndarray | None, scale: tuple[float, ...], where: str, kind: str) -> None:
     counts = np.bincount(parts, minlength=3)
     sizes = ", ".join(f"{name} {count}" for name, count in zip(SPLITS, counts, strict=True))
-    for part, name in enumerate(SPLITS):
+    for part, name in enumerate(SPLITS if label is not None else SPLITS[:1]):
         found = ""
         if counts[part] == 0:
             found = f"{name} is empty"
@@ -280,7 +280,7 @@ def _check(parts: np.ndarray, label: np.ndarray | None, scale: tuple[float, ...]
             what = "label" if scale == CLICK_SCALE else "rating"
             found = f"all {counts[part]} rows of {name} have {what} {scale[classes[0]]:g}"
         if found:
-            wanted = "both labels" if scale == CLICK_SCALE else "different ratings"
+            wanted = "some events" if label is None else "both labels" if scale == CLICK_SCALE else "different ratings"
             raise DataError(f"{where}: {found} after a {kind} split ({sizes}); expected {wanted}: {_ADVICE[kind]}")
 
 

@@ -83,11 +83,9 @@ class _Loader(DataLoader[Any]):
     """A data loader that Trainer tells which epoch it is in."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass it on to the sampler and to the rows."""
+        """Pass it on to the sampler, which tells the rows."""
         assert isinstance(self.batch_sampler, StepSampler)
-        assert isinstance(self.dataset, WindowDataset | align.Pairs)
         self.batch_sampler.set_epoch(epoch)
-        self.dataset.set_epoch(epoch)
 
 
 class WindowTrainer(Trainer):  # type: ignore[misc]
@@ -108,7 +106,7 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         self.loss_is_scaled_for_ga = True
         self.target, self.to_metrics, self.pairwise, self.fgm_epsilon = target, to_metrics, pairwise, fgm_epsilon
         self.alignment = alignment
-        self._aligned: list[torch.Tensor] = []  # events and their part of the loss, since the last line of the log
+        self._aligned: list[torch.Tensor] = []  # part of each pass in its step's loss, since the last line of the log
 
     def create_accelerator_and_postprocess(self) -> None:
         """Shard a model on the CPU too, to try it out, where accelerate takes no notice of being told to (FSDP2)."""
@@ -127,17 +125,19 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Every row once an epoch, dealt to the processes so that they finish together."""
         data, args = self.train_dataset, self.args
+        lengths = data.lengths
+        together: Any = collate
+        if self.alignment is not None:
+            data, together = self.alignment.beside(data), align.Pairs.collate
         sampler = StepSampler(
-            data.lengths,
+            lengths,
             batch=args.per_device_train_batch_size,
             passes=args.gradient_accumulation_steps * args.world_size,
             seed=args.seed,
             rank=args.process_index,
             world=args.world_size,
+            tell=data.set_epoch,
         )
-        together: Any = collate
-        if self.alignment is not None:
-            data, together = self.alignment.beside(data), align.Pairs.collate
         blank = data.blank()
         return _Loader(
             data,
@@ -166,16 +166,18 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
             states = align.at_reads(hidden[0], inputs["reads"])
             progress = self.state.global_step / max(1, self.state.max_steps)
             added = self.alignment.loss(self.model, inputs, states, progress)
-            self._aligned.append(torch.stack((events.float(), events * added.detach().float())))
-            loss = loss + added * events / num_items_in_batch
+            share = added * events / num_items_in_batch
+            self._aligned.append(share.detach().float())
+            loss = loss + share
         world: int = self.accelerator.num_processes
         return loss * world  # gradients are averaged over processes; the sum is wanted
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """With the part of the training loss that aligns domains beside it, where there is one."""
         if self.alignment is not None and "loss" in logs and self._aligned:
-            events, total = self.accelerator.reduce(torch.stack(self._aligned).sum(dim=0)).tolist()
-            logs["align_loss"] = total / events if events else 0.0
+            # A mean over steps, as `loss` is.
+            steps = len(self._aligned) / self.args.gradient_accumulation_steps
+            logs["align_loss"] = float(self.accelerator.reduce(torch.stack(self._aligned).sum())) / steps
             self._aligned.clear()
         super().log(logs, *args, **kwargs)
 
@@ -188,8 +190,10 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         embeddings = self.accelerator.unwrap_model(self.model).get_input_embeddings()
         with fgm.watched(embeddings) as outputs:
             loss = super().training_step(model, dict(inputs), *args, **kwargs)
+        logged = len(self._aligned)
         with fgm.moved(embeddings, outputs, self.fgm_epsilon):
             super().training_step(model, dict(inputs), *args, **kwargs)
+        del self._aligned[logged:]
         return loss
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
@@ -354,8 +358,6 @@ def fit(
         ddp_find_unused_parameters=False,  # an adapter has none
         ddp_broadcast_buffers=False,  # nothing writes to them
     )
-    if alignment is not None:
-        alignment.attach(model)
     trainer = WindowTrainer(
         model=model,
         args=arguments,
@@ -381,24 +383,23 @@ def fit(
             f"{newest}: written by {processes.kind(newest)} training, this is {trainer.kind}; each has an optimizer's "
             "state of its own kind; resume with the accelerate settings that it began with, or add --overwrite"
         )
-    try:
-        if newest and _ended(newest, steps):
-            trainer.restore(newest)
-        else:
-            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # Each library has its own exception for a write that failed; what they have in common is the disk.
-        if shutil.disk_usage(folder).free > LEAST_FREE:
-            raise
-        raise PeftrecError(
-            f"{folder}: the disk is full, a checkpoint could not be written; free some space and repeat the command "
-            "with --resume"
-        ) from error
     averaged = train.average_checkpoints > 1
-    if averaged:
-        adapters.average_checkpoints(trainer.accelerator.unwrap_model(trainer.model), _last(folder, train))
-    if alignment is not None:
-        alignment.detach(model)
+    with nullcontext() if alignment is None else alignment.attached(model):
+        try:
+            if newest and _ended(newest, steps):
+                trainer.restore(newest)
+            else:
+                trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # Each library has its own exception for a write that failed; what they have in common is the disk.
+            if shutil.disk_usage(folder).free > LEAST_FREE:
+                raise
+            raise PeftrecError(
+                f"{folder}: the disk is full, a checkpoint could not be written; free some space and repeat the "
+                "command with --resume"
+            ) from error
+        if averaged:
+            adapters.average_checkpoints(trainer.accelerator.unwrap_model(trainer.model), _last(folder, train))
     (seconds,) = (c.seconds for c in trainer.callback_handler.callbacks if isinstance(c, Clock))
     passes = trainer.state.global_step / max(1, steps_per_epoch(train, len(train_data)))
     return Fitted(

@@ -90,6 +90,10 @@ def main() -> None:
         f"data: {data.name}, {len(log):,} events of {len(log.user_ids):,} users on {log.items.height:,} items ({sizes})"
     )
 
+    other = align.unanswered(recipe, log) if recipe.align.used else None
+    for warning in other.warnings if other else ():
+        say(f"warning: {warning}")
+
     # What counting alone predicts: the opponents, and the prior if the recipe wants one.
     known = opponents.measure(log, recipe)
     beside = side_vectors.of_run(log, recipe) if recipe.side.used else None
@@ -152,7 +156,7 @@ def main() -> None:
         _, base_outputs = train.score(model, reported, description="score, base model", processes=state)
     if trains:
         data_train = encoder.train(known.prior, Augment.of(recipe))
-        alignment = align.Alignment.of(recipe, encoder, loaded.tokenizer)
+        alignment = None if other is None else align.Alignment.of(recipe, other, loaded.tokenizer)
         model = adapters.attach(
             model,
             recipe.adapter,
@@ -265,7 +269,7 @@ def main() -> None:
         folder,
         record.RunRecord(
             **comparison.facts(),
-            warnings=[*data.warnings, *comparison.warnings],
+            warnings=[*data.warnings, *(other.warnings if other else ()), *comparison.warnings],
             data=record.data_facts(data, log, recipe.task),
             prompt={**dataclasses.asdict(recipe.prompt), "max_item_tokens": encoder.max_item_tokens},
             model=dataclasses.asdict(loaded.base),

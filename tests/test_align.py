@@ -19,11 +19,14 @@ from conftest import build_log, random_log
 from safetensors.torch import load_file
 from test_recipes import check_folder, finetune
 from test_resume import METHODS
-from test_train import changed, equal, losses, mean_loss, train_data, valid_data
+from test_train import Scripted, changed, equal, losses, mean_loss, train_data, valid_data
+from transformers import OPTConfig, OPTForCausalLM
 
 from peftrec import adapters, align, backbone, config, scorer
 from peftrec import train as training
 from peftrec.align import Alignment
+from peftrec.augment import Augment
+from peftrec.encode import Encoder
 from peftrec.errors import DataError
 from peftrec.split import TRAIN, Log
 from peftrec.target import Target
@@ -101,14 +104,6 @@ def test_lent_answers_by_hand() -> None:
     assert found.item.tolist() == log.item.tolist()
 
 
-def test_own_answers_make_no_difference(log: Log) -> None:
-    made = random_log(5)
-    turned = dataclasses.replace(made, label=(1 - made.label).astype(np.int8))
-    ours, theirs = (align.with_lent_answers(one, log, seed=3).label for one in (made, turned))
-    assert (ours == theirs).all()
-    assert (ours != made.label).any()
-
-
 @pytest.fixture
 def tables(tmp_path: Path) -> config.Recipe:
     """Films of two genres with answers; books without any."""
@@ -134,9 +129,26 @@ def tables(tmp_path: Path) -> config.Recipe:
     )
 
 
+def test_own_answers_make_no_difference(tables: config.Recipe, log: Log, tokenizer: Any, tmp_path: Path) -> None:
+    """From the tables to the tokens: all answers turned round, and all alike, give the same rows."""
+    films = tmp_path / "films.parquet"
+
+    def tokens() -> list[list[int]]:
+        rows = Alignment.of(tables, align.unanswered(tables, log), tokenizer).rows
+        return [rows[index]["input_ids"].tolist() for index in range(len(rows))]
+
+    table = pl.read_parquet(films)
+    found = tokens()
+    for label in (1 - pl.col("label"), pl.lit(0), pl.lit(None, pl.Int64)):
+        table.with_columns(label=label).write_parquet(films)
+        assert tokens() == found
+    shown = Encoder(align.unanswered(tables, random_log(4)).log, tables.prompt, tokenizer, tables.eval.ties).train(None)
+    assert [shown[index]["input_ids"].tolist() for index in range(len(shown))] != found, "answers are in the rows"
+
+
 def test_another_domain_of_the_same_data(tables: config.Recipe, log: Log) -> None:
     align.check(tables, ["title"])
-    found = align.unanswered(tables, log)
+    found = align.unanswered(tables, log).log
     assert set(found.items["genre"]) == {"Comedy"}
     assert 0.7 * 120 < len(found) < 0.9 * 120, "training events alone, and all of them"
     assert (found.split == TRAIN).all()
@@ -147,9 +159,28 @@ def test_another_table_needs_no_answers(tables: config.Recipe, log: Log, tmp_pat
     target = config.OtherDomain(interactions=str(tmp_path / "books.parquet"), columns={"user_id": "reader"})
     recipe = dataclasses.replace(tables, align=dataclasses.replace(tables.align, target=target))
     align.check(recipe, ["title"])
-    found = align.unanswered(recipe, log)
+    found = align.unanswered(recipe, log).log
     assert found.items["title"].str.starts_with("Book").all()
     assert len(found) == 192
+
+
+def test_as_many_people_are_kept_as_of_the_source(tables: config.Recipe, log: Log, tmp_path: Path) -> None:
+    target = config.OtherDomain(interactions=str(tmp_path / "books.parquet"), columns={"user_id": "reader"})
+    data = dataclasses.replace(tables.data, sample_users=5)
+    recipe = dataclasses.replace(tables, data=data, align=dataclasses.replace(tables.align, target=target))
+    assert len(align.unanswered(recipe, log).log.user_ids) == 5
+
+
+def test_training_events_are_enough(tables: config.Recipe, log: Log, tmp_path: Path) -> None:
+    """A split that leaves nothing to test, since nobody was there more than once; a row too many is told of."""
+    table = pl.read_parquet(tmp_path / "films.parquet").with_columns(timestamp=7)
+    row = table.filter(pl.col("item_id") % 2 == 1)[:1]
+    pl.concat([table, row]).write_parquet(tmp_path / "films.parquet")
+    how = config.Split(kind="leave_last_out")
+    found = align.unanswered(dataclasses.replace(tables, data=dataclasses.replace(tables.data, split=how)), log)
+    assert len(found.log) == table.filter(pl.col("item_id") % 2 == 1).height
+    assert len(found.warnings) == 1
+    assert found.warnings[0].startswith(f"align.target: {tmp_path / 'films.parquet'}: 1 duplicate row")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +207,27 @@ def test_errors_name_the_other_domain(
 
 
 # --- beside the training rows -----------------------------------------------------------------------------------------
+
+
+def test_rows_vary_as_those_they_stand_beside(tables: config.Recipe, log: Log, tokenizer: Any) -> None:
+    """Otherwise their form alone would tell the domains apart."""
+    recipe = dataclasses.replace(
+        tables,
+        train=config.Train(history_dropout=0.5),
+        prompt=config.Prompt(max_tokens=200, overlap=0, paraphrases=["What they said:"]),
+    )
+    other = align.unanswered(recipe, log)
+    source = Encoder(other.log, recipe.prompt, tokenizer, recipe.eval.ties).train(None, Augment.of(recipe))
+    pairs = Alignment.of(recipe, other, tokenizer).beside(source)
+    shown = []
+    for epoch in range(2):
+        pairs.set_epoch(epoch)
+        ours, theirs = (
+            [one[index]["input_ids"].tolist() for index in range(len(one))] for one in (source, pairs.target)
+        )
+        assert theirs == ours
+        shown.append(theirs)
+    assert shown[0] != shown[1]
 
 
 def test_each_row_has_one_beside_it_drawn_by_epoch(log: Log, codec: Any, questions: Any, rows: WindowDataset) -> None:
@@ -214,6 +266,25 @@ def test_states_are_those_that_the_head_reads(
     whole = torch.arange(24.0).reshape(2, 4, 3)  # one virtual token in front of three
     reads = torch.tensor([[True, False, False], [False, True, True]])
     assert align.at_reads(whole, reads).tolist() == [whole[0, 1].tolist(), whole[1, 2].tolist(), whole[1, 3].tolist()]
+
+
+def test_states_as_wide_as_the_head_reads_them(rows: WindowDataset) -> None:
+    """OPT-350m leads the states of its last layer back to the width of its embeddings."""
+    settings = OPTConfig(
+        vocab_size=50, hidden_size=32, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = OPTForCausalLM(settings)
+    how = Alignment(config.Align(kind="adversarial"), rows, 3)
+    with how.attached(model), align.watched(model) as hidden:
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+        assert model.alignment(hidden[0]).shape == (1, 3, 1)
+
+
+def test_it_is_taken_away_whatever_happens(rows: WindowDataset) -> None:
+    model = OPTForCausalLM(OPTConfig(vocab_size=50, hidden_size=24, ffn_dim=16, num_hidden_layers=1))
+    with pytest.raises(KeyboardInterrupt), Alignment(config.Align(kind="cpc"), rows, 3).attached(model):
+        raise KeyboardInterrupt
+    assert not hasattr(model, align.PART)
 
 
 def test_what_comes_next_is_asked_among_the_other_items_of_a_row(
@@ -290,6 +361,22 @@ def test_a_run_with_it(kind: str, fit: Callable[..., Any], tmp_path: Path) -> No
     assert losses(found) == losses(expected)
 
 
+def test_resumed_within_a_later_epoch(
+    fit: Callable[..., Any], tmp_path: Path, log: Log, codec: Any, questions: Any
+) -> None:
+    """It goes on with the pairs of that epoch."""
+    count = len(train_data(log, codec, questions))
+    train = changed(max_steps=2 * count, evals=2 * count)
+    how = config.Align(kind="mmd", weight=3.0, ramp=0.0)
+    falling = [1 / (1 + step) for step in range(2 * count)]
+    _, expected = fit(tmp_path / "whole", how, train, Scripted(*falling))
+    middle = count + 1
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path / "killed", how, train, Scripted(*falling[:middle], ZeroDivisionError()))
+    _, found = fit(tmp_path / "killed", how, train, Scripted(*falling[middle:]), resume=True)
+    assert losses(found) == losses(expected)
+
+
 def test_each_pass_weighs_its_share_of_a_steps_events(fit: Callable[..., Any], tmp_path: Path) -> None:
     """Three passes of unlike rows: the sum of what each adds is the mean over their events."""
     train = changed(max_steps=1, evals=0)
@@ -300,6 +387,18 @@ def test_each_pass_weighs_its_share_of_a_steps_events(fit: Callable[..., Any], t
     assert line["loss"] - line["align_loss"] == pytest.approx(losses(plain)[0][1], rel=1e-4)
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 0.5])
+def test_the_log_tells_both_parts_of_the_loss(epsilon: float, fit: Callable[..., Any], tmp_path: Path) -> None:
+    """Over steps of unlike numbers of events, and of FGM's two passes the first."""
+    train = changed(max_steps=3, evals=0, logging_steps=3, learning_rate=0.0)
+    _, plain = fit(tmp_path / "plain", None, train, batch=(1, 3))
+    moved = dataclasses.replace(train, fgm_epsilon=epsilon)
+    _, fitted = fit(tmp_path / "mmd", config.Align(kind="mmd", ramp=0.0), moved, batch=(1, 3))
+    (line,) = (line for line in fitted.log if "loss" in line)
+    assert line["align_loss"] > 0.01
+    assert line["loss"] - line["align_loss"] == pytest.approx(losses(plain)[0][1], rel=1e-5)
+
+
 def test_the_weight_grows_from_nothing(fit: Callable[..., Any], tmp_path: Path) -> None:
     train = changed(max_steps=4, evals=0, lr_scheduler_type="constant")
     _, fitted = fit(tmp_path, config.Align(kind="mmd", weight=1.0, ramp=1.0), train)
@@ -308,7 +407,9 @@ def test_the_weight_grows_from_nothing(fit: Callable[..., Any], tmp_path: Path) 
     assert min(added[1:]) > 0
 
 
-def test_what_tells_apart_learns_from_the_first_step(fit: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_tells_apart_learns_from_the_first_step(
+    fit: Callable[..., Any], load_tiny: Callable[..., Any], tiny_llama_folder: Path, rows: WindowDataset, tmp_path: Path
+) -> None:
     """While its adversary's strength is 0, the adapter is that of a run without it."""
     plain, _ = fit(tmp_path / "plain", None, changed(max_steps=1, evals=0, max_grad_norm=0.0))
     model, fitted = fit(
@@ -317,6 +418,14 @@ def test_what_tells_apart_learns_from_the_first_step(fit: Callable[..., Any], tm
     assert fitted.log[0]["align_loss"] == pytest.approx(math.log(2), rel=0.5)
     for (name, ours), (_, theirs) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name, rtol=1e-4, atol=1e-6)
+    fresh = load_tiny(tiny_llama_folder)
+    with Alignment(config.Align(kind="adversarial"), rows, 3).attached(fresh):
+        begun = {f"{align.PART}.{name}": one.clone() for name, one in fresh.alignment.state_dict().items()}
+    kept = load_file(tmp_path / "both" / "checkpoint-1" / adapters.CHECKPOINT)
+    assert len(begun) == 4
+    for name, weight in begun.items():
+        (after,) = (one for key, one in kept.items() if key.endswith(name))
+        assert (after - weight).abs().max() > 1e-3, name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -331,10 +440,17 @@ def test_checkpointed_layers_give_the_same(kind: str, fit: Callable[..., Any], t
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_adapter_method(method: str, fit: Callable[..., Any], tmp_path: Path) -> None:
-    train = changed(max_steps=6, evals=1, fgm_epsilon=0.1)
-    model, fitted = fit(tmp_path, config.Align(kind="cpc", ramp=0.0), train, adapter=METHODS[method])
-    assert len(losses(fitted)) == 6
-    assert all(math.isfinite(value) for _, value in losses(fitted))
+    """Its gradient reaches what is trained: nothing but the weight differs between the two runs."""
+    train = changed(max_steps=4, evals=1, max_grad_norm=0.0)
+    found = []
+    for weight in (1.0, 1e-30):
+        how = config.Align(kind="cpc", ramp=0.0, weight=weight)
+        model, fitted = fit(tmp_path / str(weight), how, train, adapter=METHODS[method])
+        assert len(losses(fitted)) == 4
+        assert all(math.isfinite(value) for _, value in losses(fitted))
+        found.append(adapters.training_state(model))
+    assert found[0].keys() == found[1].keys()
+    assert not equal(*found)
     adapters.save(model, tmp_path / "adapter")
     assert not any(align.PART in name for name, _ in model.named_parameters())
 
@@ -368,6 +484,8 @@ def test_a_trained_head(
 
 def test_a_run_from_its_recipe_to_its_card(tables: config.Recipe, tiny_llama_folder: Path, tmp_path: Path) -> None:
     """recipes/finetune.py by a file, with another table that has no answers; validate tells of it."""
+    table = pl.read_parquet(tmp_path / "books.parquet")
+    pl.concat([table, table[:1]]).write_parquet(tmp_path / "books.parquet")
     books = {"interactions": str(tmp_path / "books.parquet"), "columns": {"user_id": "reader"}}
     recipe = config.recipe_to_dict(
         dataclasses.replace(tables, data=dataclasses.replace(tables.data, train_events=None))
@@ -385,11 +503,16 @@ def test_a_run_from_its_recipe_to_its_card(tables: config.Recipe, tiny_llama_fol
     done = finetune("--config", tmp_path / "recipe.yaml")
     assert "align: adversarial, beside 192 events without answers in" in done.stdout
     found = check_folder(tmp_path / "run")
-    other = {"kind": "adversarial", "weight": 1.0, "data": "books.parquet", "items_where": {}, "events": 192}
-    assert found.adapter["aligned_with"] == other
+    other = {"kind": "adversarial", "weight": 1.0, "ramp": 0.5, "data": "books.parquet", "items_where": {}}
+    facts = found.adapter["aligned_with"]
+    assert len(facts.pop("sha256")) == 64
+    assert facts == {**other, "events": 192}
+    warning = f"align.target: {tmp_path / 'books.parquet'}: 1 duplicate row"
+    assert f"warning: {warning}" in done.stdout
+    assert any(one.startswith(warning) for one in found.warnings)
     page = (tmp_path / "run/adapter/README.md").read_text()
     assert (
-        "A second loss (adversarial, weight 1) brought another domain nearer, books.parquet: of its 192 training"
+        "A second loss (adversarial, weight 1) was to bring another domain nearer, books.parquet: of its 192 training"
         in page
     )
     assert [line["align_loss"] > 0 for line in found.train["log"] if "loss" in line] == [True, True]

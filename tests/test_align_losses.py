@@ -93,14 +93,42 @@ def test_the_ramp(progress: float, ramp: float, expected: float) -> None:
     assert strength(1.0, ramp) > 0.9999
 
 
-def test_size_is_shared_and_has_no_gradient() -> None:
+def test_size_is_shared() -> None:
     source, target = torch.tensor([[3.0, 0.0]], requires_grad=True), torch.tensor([[0.0, 4.0]])
     ours, theirs = alike_in_size(source, target)  # root mean square of 3, 0, 0, 4: 2.5
     assert ours.tolist() == [[pytest.approx(1.2), 0.0]]
     assert theirs.tolist() == [[0.0, pytest.approx(1.6)]]
-    ours.sum().backward()
+    # x / size, whose derivative is 1 / size less x * x / (4 size^3): .4 - 9 / 62.5.
+    ours[0, 0].backward()
     assert source.grad is not None
-    assert source.grad.tolist() == [[pytest.approx(0.4)] * 2]
+    assert source.grad.tolist() == [[pytest.approx(0.256), 0.0]]
+    nothing_there = torch.zeros(2, 3, requires_grad=True)
+    ours, _ = alike_in_size(nothing_there, nothing_there)
+    ours.sum().backward()
+    assert nothing_there.grad is not None
+    assert nothing_there.grad.isfinite().all()
+
+
+def test_making_all_states_smaller_lowers_nothing() -> None:
+    """A loss that does not change with their size has a gradient across the states (Euler)."""
+    torch.manual_seed(2)
+    first, second = torch.randn(12, 5) + 1, 2 * torch.randn(9, 5)
+    for loss in (
+        lambda source, target: coral(*alike_in_size(source, target)),
+        lambda source, target: mmd(*alike_in_size(source, target)),
+        mmd,
+    ):
+        states = first.clone().requires_grad_(), second.clone().requires_grad_()
+        loss(*states).backward()
+        found = [one.grad for one in states if one.grad is not None]
+        across = sum(float((grad * one.detach()).sum()) for grad, one in zip(found, states, strict=True))
+        along = sum(float(grad.norm() * one.detach().norm()) for grad, one in zip(found, states, strict=True))
+        assert abs(across) < 1e-5 * along
+    states = first.clone().requires_grad_(), second.clone().requires_grad_()
+    mmd(*states).backward()
+    middle = torch.cat((first, second)).mean(dim=0)
+    towards = sum(float((one.grad * (one.detach() - middle)).sum()) for one in states if one.grad is not None)
+    assert abs(towards) < 1e-5, "nor does drawing them together"
 
 
 @pytest.mark.parametrize("empty", [0, 1])

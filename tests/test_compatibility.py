@@ -107,6 +107,15 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "align.kind: coral; it looks at the states of a timeline's events; set prompt.layout: timeline, or",
     ),
     ({"align": ALIGN, "side": {"als": True}}, "align.kind: coral; the other domain has no side vectors"),
+    (
+        {
+            "align": ALIGN | {"kind": "cpc"},
+            "train": {"order": "random"},
+            "eval": {"history": "frozen"},
+            "data": {"name": "ml-100k", "split": {"kind": "kfold"}},
+        },
+        "align.kind: cpc; it asks for the item that comes next, which a random order does not know; set train.order",
+    ),
     ({"align": ALIGN, "train": {"torch_compile": True}}, "align.kind: coral; it looks at states inside the model"),
     (
         {"side": {"als": True}, "adapter": {"method": "full"}},

@@ -221,6 +221,17 @@ WRONG_VALUES = [
         {"align": {"kind": "mmd", "target": {"name": "a", "interactions": "b"}}},
         "align.target.interactions: b, and align.target.name too; expected one source; remove the other",
     ),
+    (
+        {
+            "align": {"kind": "mmd", "target": {"items_where": {"a": ["c", "b"]}}},
+            "data__items_where": {"a": ["b", "c"]},
+        },
+        "align.target: names the recipe's own events; expected another domain; change its items_where, or its source",
+    ),
+    (
+        {"align": {"kind": "mmd", "target": {"name": "ml-100k"}}, "data": {"name": "ml-100k"}},
+        "align.target: names the recipe's own events; expected another domain; change its items_where, or its source",
+    ),
     ({"align": {"weight": 2}}, "align.weight: does nothing under align.kind: none; remove it, or change align.kind"),
     ({"align": {"kind": "corel"}}, "align.kind: 'corel'; expected one of none, coral, mmd, adversarial, cpc"),
     (

@@ -72,6 +72,11 @@ class TestStepSampler:
             assert together == sorted(chain.from_iterable(whole[step * passes : (step + 1) * passes]))
         assert sorted(chain.from_iterable(whole)) == list(range(len(tokens)))
 
+    def test_the_rows_are_told_the_epoch(self) -> None:
+        told: list[int] = []
+        StepSampler([3, 4], batch=1, passes=1, seed=5, tell=told.append).set_epoch(7)
+        assert told == [7]
+
     def test_order_is_of_seed_and_epoch(self) -> None:
         tokens = [100] * 50
         first, again, other = sampler(tokens), sampler(tokens), StepSampler(tokens, batch=1, passes=1, seed=6)

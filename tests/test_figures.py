@@ -117,6 +117,12 @@ def test_loss_shows_what_was_logged_and_which_step_was_kept() -> None:
     assert [text.get_text() for text in below.get_legend().get_texts()] == ["validation AUC"]
 
 
+def test_loss_of_training_is_without_what_aligns_domains() -> None:
+    figure = figures.losses([{"step": 1, "loss": 0.75, "align_loss": 0.25}, {"step": 2, "loss": 0.5}], None)
+    assert figure is not None
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[1, 0.5], [2, 0.5]]
+
+
 def test_loss_of_ratings_names_its_unit_and_shows_the_error() -> None:
     figure = figures.losses(rated()["train_log"], None, "rating", "squared_error")
     assert figure is not None

@@ -136,6 +136,26 @@ def test_base_weights_stay_bit_identical(
     assert equal(before, after)
 
 
+def test_resumed_within_a_later_epoch_draws_that_epochs_forms(
+    fit: Callable[..., Any], tmp_path: Path, log: Log, codec: Any, questions: Any
+) -> None:
+    def data() -> WindowDataset:
+        found = train_data(log, codec, questions)
+        assert isinstance(found.windows, TimelineWindows)
+        found.windows.vary(Augment(seed=3, history_dropout=0.5))
+        return found
+
+    steps = 2 * len(data())
+    train, falling = changed(max_steps=steps, evals=steps), [1 / (1 + k) for k in range(steps)]
+    _, expected = fit(tmp_path / "whole", train, Scripted(*falling), data=data())
+    middle = len(data()) + 1
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path / "killed", train, Scripted(*falling[:middle], ZeroDivisionError()), data=data())
+    assert len(data()) < middle < steps - 1, "in the middle of the second epoch"
+    _, found = fit(tmp_path / "killed", train, Scripted(*falling[middle:]), data=data(), resume=True)
+    assert losses(found) == losses(expected)
+
+
 def test_adapter_learns(fit: Callable[..., Any], tmp_path: Path, log: Log, codec: Any, questions: Any) -> None:
     easy = train_data(log, codec, questions)
     easy.label = (log.item % 2).astype(np.int8)

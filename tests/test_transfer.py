@@ -183,6 +183,22 @@ def test_the_source_beside_the_target_without_its_answers(
         run(transfer, monkeypatch, "--config", plan, "--target.align.kind", "mmd", "--target.align.target.name", "x")
 
 
+def test_source_and_target_may_keep_some_of_their_people(plan: Path, transfer: Any) -> None:
+    plan.write_text(yaml.safe_dump(yaml.safe_load(plan.read_text()) | {"aligned": {"mmd": 2.0}}))
+    options = transfer.argparse.Namespace(samples=None, seeds=None, ways=None, output_dir=None)
+    found = transfer.read_plan(plan, options)
+    some = ["--source.data.sample_users", "9", "--target.data.sample_users", "9"]
+
+    def words(rest: list[str]) -> dict[str, list[str]]:
+        return {side: transfer.side_words(found, side, plan, rest) for side in ("source", "target")}
+
+    aligned = transfer.aligned_words(found, "mmd", words(some))
+    target = words(some)["target"]
+    assert align.data_of(config.load_recipe(aligned[1], aligned[2:])) == config.load_recipe(target[1], target[2:]).data
+    with pytest.raises(ConfigError, match="which users are kept"):
+        transfer.aligned_words(found, "mmd", words(some[:2]))
+
+
 def test_text_is_said_word_for_word(transfer: Any) -> None:
     values = {"data.name": "ml-100k", "data.items_where": {"genre": ["A b"]}, "train.evals": 2}
     assert transfer.as_words(values) == [

@@ -27,6 +27,7 @@ PARTS = {
     "rest": "the rest: norms, activations, residuals, embeddings",
 }
 MARK = "part:"
+OWN_GRADIENTS = {"_BlocksBackward": "attention", "_RootMeanSquareBackward": "rest", "_LowRankBackward": "LoRA"}
 
 
 def part_of(name: str, module: nn.Module) -> str | None:
@@ -104,13 +105,19 @@ def _sums(events: Any, on_gpu: bool, ranks: set[int]) -> dict[str, float]:
         if event.name.startswith("aten::") and not backward and event.sequence_nr >= 0:
             forward[event.sequence_nr] = part or "rest"  # the last one with a number is the one that autograd notes
         if part is None:
-            part = forward.get(backward.sequence_nr, "LoRA") if backward else "rest"
+            part = _of_gradient(backward, forward) if backward else "rest"
         if part == "LoRA" and event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
             sides = {side for shape in event.input_shapes for side in shape}
             part = "LoRA" if sides & ranks else "matmul"
         # Only parameters of the adapter gather gradients, an operation without a number.
         found[part] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000
     return found
+
+
+def _of_gradient(backward: Any, forward: dict[int, str]) -> str:
+    # Our own gradients come from operations that have no number in the forward pass.
+    own = (part for name, part in OWN_GRADIENTS.items() if backward.name.endswith(f" {name}"))
+    return next(own, forward.get(backward.sequence_nr, "LoRA"))
 
 
 def _enclosing(event: Any) -> tuple[str | None, Any]:

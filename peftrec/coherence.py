@@ -50,9 +50,11 @@ def idle(recipe: Any) -> dict[str, str]:
         (data.name, "data.name", "data.items data.users data.columns data.hub_revision"),
         (data.name is None, source, "data.folder"),
         (own_files, source, "data.hub_revision"),
+        (data.records is None, "data.name" if data.name else source, "data.records_as"),
+        (data.records_as == "prompts", "data.records_as", "data.record_marks"),
         (data.records, "data.records", "data.items data.users data.items_where data.like_at data.rating_range"),
-        (data.records, "data.records", "prompt.item prompt.user prompt.header prompt.history prompt.max_history"),
-        (data.records, "data.records", "eval.user_groups"),
+        (data.records, "data.records", "prompt.user eval.user_groups"),
+        (data.prompts, "data.records", "prompt.item prompt.header prompt.history prompt.max_history"),
         (recipe.prompt.user is None and not recipe.eval.user_groups, "prompt.user", "data.users"),
         (isinstance(data.records, dict), "data.records", _keys(data.split, "data.split.")),
         (kind != "column", "data.split.kind", "data.split.column"),
@@ -76,7 +78,7 @@ def idle(recipe: Any) -> dict[str, str]:
         ),
         (method == "none", "adapter.method", _keys(recipe.train, "train.") + " eval.base_model"),
         (
-            recipe.prompt.template is not None or recipe.data.records,
+            recipe.prompt.template is not None or data.prompts,
             "prompt.template" if recipe.prompt.template is not None else "data.records",
             "train.history_dropout train.history_sample train.shuffle_within",
         ),
@@ -123,15 +125,31 @@ def conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
     yield from _hub_conflicts(recipe)
     yield from _align_conflicts(recipe)
     yield from compatibility.conflicts(recipe)
-    if recipe.score.prior != "none" and recipe.data.records is not None:
-        text = f"{recipe.score.prior}; records have no items to count the ratings of; set it to none"
-        yield "score.prior", ("data.records",), text
+    yield from _record_conflicts(recipe)
     if recipe.model.load_in_4bit and recipe.model.load_in_8bit:
         text = "true, and model.load_in_4bit too; expected one of them at most; remove the other"
         yield "model.load_in_8bit", ("model.load_in_4bit",), text
     if recipe.train.order == "random" and recipe.eval.history == "streaming":
         text = "random; it lets a training event see later ones, which no streaming row can; set eval.history: frozen"
         yield "train.order", ("eval.history",), text
+
+
+def _record_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    data, kind = recipe.data, recipe.data.split.kind
+    if recipe.score.prior != "none" and data.prompts is not None:
+        text = f"{recipe.score.prior}; prompts have no items to count the ratings of; set data.records_as: events"
+        yield "score.prior", ("data.records",), text
+    if data.records is None or data.prompts is not None:
+        return
+    if recipe.task == "rating":
+        text = "events; records tell of likes, not of ratings; set task: click, or data.records_as: prompts"
+        yield "data.records_as", ("task",), text
+    if recipe.eval.history == "frozen":
+        text = "frozen; it hides what a record tells of its person; leave it out"
+        yield "eval.history", ("data.records_as",), text
+    if isinstance(data.records, str) and kind not in ("column", "cold_user"):
+        text = f"{kind}; it would cut records apart; set it to column or cold_user, or give a file for each split"
+        yield "data.split.kind", ("data.records_as",), text
 
 
 def _hub_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
@@ -244,7 +262,7 @@ def _paraphrase_conflicts(prompt: Any) -> Iterator[tuple[str, tuple[str, ...], s
 
 
 def _prompt_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    prompt, records = recipe.prompt, recipe.data.records is not None
+    prompt, records = recipe.prompt, recipe.data.prompts is not None
     if prompt.layout == "timeline":
         if records:
             yield "prompt.layout", ("data.records",), "timeline; ready-made prompts (data.records) need pointwise"

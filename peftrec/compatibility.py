@@ -99,7 +99,7 @@ def _of_type(name: str) -> Callable[[Any], bool]:
 SIDE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
         ("data.records",),
-        lambda recipe: recipe.data.records is not None,
+        lambda recipe: recipe.data.prompts is not None,
         "ready-made prompts (data.records) have no items; leave it out",
     ),
     (

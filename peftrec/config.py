@@ -63,6 +63,12 @@ RecordFiles = Annotated[
 ]
 
 
+RecordMarks = Annotated[
+    dict[str, Text],
+    Check("the three words liked, disliked and target", lambda marks: set(marks) == {"liked", "disliked", "target"}),
+]
+
+
 @dataclass(frozen=True)
 class Data:
     """Where the tables come from and what counts as liked."""
@@ -82,6 +88,18 @@ class Data:
     records: Text | RecordFiles | None = None
     """Ready-made prompts (instruction, input, output): one JSON or JSONL file to split, or one each for
     train, valid and test."""
+    records_as: Literal["prompts", "events"] = "prompts"
+    """Prompts are learned as they are written, one answer each. As events, the titles that a prompt lists as liked or
+    not and the one that it asks for become one person's events, each with an answer to learn, and the recipe writes
+    them by its own prompt."""
+    record_marks: RecordMarks = field(
+        default_factory=lambda: {
+            "liked": "User Preference:",
+            "disliked": "User Unpreference:",
+            "target": "Whether the user will like the target",
+        }
+    )
+    """The words of a record behind which its titles stand, each in double quotation marks."""
     columns: dict[str, Text] = field(default_factory=dict)
     """Our column name -> the name in the files, as in `{user_id: uid, item_id: movieId}`."""
     like_at: float | None = None
@@ -104,6 +122,11 @@ class Data:
     are as if nobody had recorded them. Null keeps all."""
     split: Split = field(default_factory=Split)
     """How rows become train, valid and test."""
+
+    @property
+    def prompts(self) -> str | dict[str, str] | None:
+        """The records that are learned as they are written, if there are any."""
+        return self.records if self.records_as == "prompts" else None
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def tested_rows(log: Log, most: int, most_of_one: int, seed: int) -> Ints:
     Returns:
         Indices into the log, ascending.
     """
-    rows = np.flatnonzero(log.split == TEST)
+    rows = log.rows(TEST)
     place = np.arange(len(rows)) - np.searchsorted(log.user[rows], log.user[rows])
     rows = rows[place < most_of_one]
     return encode.whole_users(rows, log.user, most, drawn_order(len(log.user_ids), seed, "evaluated users"))

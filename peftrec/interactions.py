@@ -20,6 +20,7 @@ from peftrec import tables
 from peftrec.config import Data
 from peftrec.datasets import DATASETS
 from peftrec.errors import DataError
+from peftrec.record_events import events_of
 from peftrec.schema import nearest
 
 NEEDS_TIME = ("temporal", "leave_last_out")
@@ -43,7 +44,8 @@ class Interactions:
         events: `user` (Int32, row of `user_ids`), `item` (Int32, row of `items`; -1 for prompt records), `timestamp`
             (Int64, seconds; the row number where the source has no times); for clicks `label` (Int8, 0 or 1) and, where
             labels were made of such, `rating` (Float32), which ratings always have; where there are such, `split` (the
-            split that the source itself gives), `instruction` and `input`.
+            split that the source itself gives), `instruction` and `input`, and `target` (Boolean: whether a record
+            asks for the event; its others are told).
         user_ids: Original ids, sorted; each has an event.
         items: `item_id`, `title` and whatever else the items table holds; no rows for prompt records.
         name: The data set's name, or the source as the recipe has it.
@@ -91,10 +93,11 @@ def load(
         name, events, items = _records(data, task)
     else:
         name, events, items = _named(data, task, warnings) if data.name else _files(data, task, warnings)
+    if data.prompts is None:
         events, items = _join_items(events, items, name, warnings)
         events, items = _where(events, items, data.items_where, name)
     events, user_ids = _code_users(events)
-    if data.records is None:
+    if data.prompts is None:
         events = _drop_repeats(events, name, warnings)
     if "timestamp" not in events.columns:
         events = events.with_row_index("timestamp").with_columns(pl.col("timestamp").cast(pl.Int64))
@@ -467,7 +470,7 @@ def _side_names(
 
 
 def _records(data: Data, task: Task) -> tuple[str, pl.DataFrame, pl.DataFrame]:
-    """Ready-made prompts: one event per row, no items; a row without user_id is a user of its own."""
+    """Ready-made prompts, one event a row and no items, or the events that they tell of."""
     if isinstance(data.records, str):
         sources, parts = [data.records], [_record_file(data.records, data, task)]
     else:
@@ -475,7 +478,13 @@ def _records(data: Data, task: Task) -> tuple[str, pl.DataFrame, pl.DataFrame]:
         sources = list(files.values())
         parts = [_record_file(files[split], data, task).with_columns(split=pl.lit(split)) for split in files]
     shared = [name for name in parts[0].columns if all(name in part.columns for part in parts)]
-    events = pl.concat([part.select(shared) for part in parts])
+    parts = [part.select(shared) for part in parts]
+    if data.prompts is None:
+        before = np.cumsum([0, *(part.height for part in parts)]).tolist()
+        taken = [events_of(*one, data.record_marks) for one in zip(parts, sources, before, strict=False)]
+        items = pl.concat([items for _, items in taken]).unique(maintain_order=True)
+        return ", ".join(sources), pl.concat([events for events, _ in taken]), items
+    events = pl.concat(parts)
     if "user_id" not in shared:
         events = events.with_row_index("user_id").with_columns(pl.col("user_id").cast(pl.Int64))
     events = events.with_columns(item=pl.lit(-1, pl.Int32))

@@ -73,13 +73,14 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
     Args:
         log: all splits.
         recipe: its task, score, evaluation, order of training and seed count.
-        items: what held-out rows know of items; as of their user if left out.
+        items: what held-out rows know of items; if left out, as of their user, and of records training alone.
 
     Raises:
         ConfigError: a baseline needs a library that is not installed.
         DataError: the log is too large for a baseline.
     """
     evaluation, kind = recipe.eval, recipe.score.prior
+    items = items or (None if log.asked is None else "frozen")
     check(recipe)
     wanted = dict.fromkeys((*evaluation.baselines, "global_mean", *(() if kind == "none" else (kind,))))
     saved: SavedPrior | None = None

@@ -14,7 +14,7 @@ from peftrec.datasets import DATASETS
 from peftrec.interactions import Interactions, Task
 from peftrec.split import Log
 
-ARRAYS = ("user", "item", "timestamp", "label", "rating", "split")
+ARRAYS = ("user", "item", "timestamp", "label", "rating", "split", "asked")
 FRAMES = ("items", "prompts", "users")
 
 # What is kept depends on the code that makes it: all that this module and encode.py call, and the libraries below it.
@@ -25,6 +25,7 @@ MODULES = (
     "kept",
     "prepared",
     "prompts",
+    "record_events",
     "split",
     "tables",
     "timeline",

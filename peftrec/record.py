@@ -140,7 +140,7 @@ def data_facts(interactions: Interactions, log: Log, task: Task) -> dict[str, An
     """
     per_split = {}
     for code, name in enumerate(SPLITS):
-        rows = np.flatnonzero(log.split == code)
+        rows = log.rows(code)
         time, item = log.timestamp[rows], log.item[rows]
         per_split[name] = {
             "rows": len(rows),

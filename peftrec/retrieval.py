@@ -245,7 +245,9 @@ def _latest_liked(log: Log, history: History, seed: int) -> Ints:
     _, pair, times = np.unique(
         log.user.astype(np.int64) * (log.items.height + 1) + log.item, return_inverse=True, return_counts=True
     )
-    rows = np.flatnonzero((log.split == TEST) & (log.item >= 0) & log.liked & known & (times[pair] == 1))
+    fit = (log.item >= 0) & log.liked & known & (times[pair] == 1)
+    rows = log.rows(TEST)
+    rows = rows[fit[rows]]
     lot = np.empty(len(log), dtype=np.int64)
     lot[drawn_order(len(log), seed, "ranked rows")] = np.arange(len(log))
     found = np.full(len(log.user_ids), -1, dtype=np.int64)

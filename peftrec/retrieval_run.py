@@ -123,7 +123,7 @@ def rank_run(
         mapping["eval"]["baselines"] = list(baselines)
         recipe = config.parse_recipe(mapping, str(path))
     opponents.check(recipe)
-    if recipe.data.records is not None:
+    if recipe.data.prompts is not None:
         raise DataError(f"{run}: trained on ready-made prompts, which name no items; ranking needs a table of events")
     _, log = prepared.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
     if recipe.data.train_events is not None:

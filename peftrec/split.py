@@ -48,6 +48,8 @@ class Log:
         scale: What each label stands for, ascending: 0 and 1 for clicks, the ratings that can be given for ratings.
         liked_from: Lowest label that counts as liked; None where nobody said.
         users: What is known of the users, one row for each of `user_ids`; None where it was not asked for.
+        asked: Whether the answer of each event may be reported (n,), bool; None where that of each may. A record's
+            history is told, and known of its person alone: it is no answer to find.
         key: Hash of all that it was made of, where that is known: see `prepared.load`.
     """
 
@@ -63,6 +65,7 @@ class Log:
     scale: tuple[float, ...] = CLICK_SCALE
     liked_from: int | None = 1
     users: pl.DataFrame | None = None
+    asked: np.ndarray | None = None
     key: str | None = None
 
     def __len__(self) -> int:
@@ -79,8 +82,13 @@ class Log:
             rating=None if self.rating is None else self.rating[mask],
             split=self.split[mask],
             prompts=None if self.prompts is None else self.prompts.filter(pl.Series(mask)),
+            asked=None if self.asked is None else self.asked[mask],
             key=None,
         )
+
+    def rows(self, part: int) -> np.ndarray:
+        """The events of a split (`TRAIN`, `VALID` or `TEST`) whose answers may be reported, indices ascending."""
+        return np.flatnonzero(self.split == part if self.asked is None else (self.split == part) & self.asked)
 
     @property
     def liked(self) -> np.ndarray:
@@ -129,6 +137,8 @@ def split(interactions: Interactions, how: config.Split, seed: int, *, answered:
         parts = cold(user, how.valid, how.test, seed, "users")
     else:
         raise DataError(f"{interactions.name}: no split column was read; set data.split.column")
+    # What a validation record tells is as good to choose by as what it asks for; a test record reports its target.
+    asked = (parts != TEST) | events["target"].to_numpy()[order] if "target" in events.columns else None
     _check(parts, label if answered else None, interactions.scale, interactions.name, kind)
     records = "instruction" in events.columns
     return Log(
@@ -144,6 +154,7 @@ def split(interactions: Interactions, how: config.Split, seed: int, *, answered:
         scale=interactions.scale,
         liked_from=liked_from,
         users=interactions.users,
+        asked=asked,
     )
 
 

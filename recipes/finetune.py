@@ -85,7 +85,7 @@ def main() -> None:
         log = split.few(log, recipe.data.train_events, recipe.seed)
     for warning in data.warnings:
         say(f"warning: {warning}")
-    sizes = ", ".join(f"{name} {int((log.split == code).sum()):,}" for code, name in enumerate(split.SPLITS))
+    sizes = ", ".join(f"{name} {len(log.rows(code)):,}" for code, name in enumerate(split.SPLITS))
     say(
         f"data: {data.name}, {len(log):,} events of {len(log.user_ids):,} users on {log.items.height:,} items ({sizes})"
     )
@@ -137,7 +137,7 @@ def main() -> None:
     # Train.
     drawn = interactions.drawn_order(len(log.user_ids), recipe.seed, "evaluated users")
     valid_rows, test_rows = (
-        encode.whole_users(np.flatnonzero(log.split == code), log.user, most, drawn)
+        encode.whole_users(log.rows(code), log.user, most, drawn)
         for code, most in ((split.VALID, recipe.eval.max_valid_rows), (split.TEST, recipe.eval.max_test_rows))
     )
     measure = _validation(log, known.prior, target)

@@ -13,8 +13,6 @@ import argparse
 import dataclasses
 import os
 
-import numpy as np
-
 from peftrec import backbone, config, encode, interactions, opponents, processes, report, split
 from peftrec.errors import ConfigError, as_one_line
 
@@ -40,7 +38,7 @@ def main() -> None:
     if not state.is_main_process:
         return
     drawn = interactions.drawn_order(len(log.user_ids), recipe.seed, "evaluated users")
-    rows = encode.whole_users(np.flatnonzero(log.split == split.TEST), log.user, recipe.eval.max_test_rows, drawn)
+    rows = encode.whole_users(log.rows(split.TEST), log.user, recipe.eval.max_test_rows, drawn)
     for warning in data.warnings:
         print(f"warning: {warning}")
     print(report.compare_scores(log, rows, known.scores, recipe).table())

@@ -264,7 +264,7 @@ def prepare(plan: Plan, words: Mapping[str, Sequence[str]]) -> Setting:
         facts.append(
             f"Target: {int((log.split == split.TRAIN).sum()):,} training events on {log.items.height:,} items."
         )
-    tests = np.flatnonzero(log.split == split.TEST)
+    tests = log.rows(split.TEST)
     rows = few_shot.tested_rows(log, plan.test.rows, plan.test.of_one, target.seed)
     facts.append(
         f"Test: {len(rows):,} rows, the first {plan.test.of_one} at most of each of {len(np.unique(log.user[rows]))} "
@@ -340,7 +340,7 @@ def measured(cell: Cell, setting: Setting, plan: Plan, folder: Path) -> dict[str
     print(f"{cell.way}, K = {cell.k}, seed {cell.seed}", flush=True)
     begin = time.perf_counter()
     log = split.few(setting.log, cell.k, cell.seed) if cell.k > 0 else setting.log
-    rows = np.flatnonzero(log.split == split.TEST)[setting.rows]
+    rows = log.rows(split.TEST)[setting.rows]
     if cell.way == "counted":
         scores = few_shot.counted(log, rows, recipe.seed)
     else:
@@ -369,7 +369,7 @@ def write(
 ) -> None:
     """Tables, picture and page of the cells; their scores as one table, for others to measure again."""
     log, folder = setting.log, Path(plan.output_dir)
-    rows = np.flatnonzero(log.split == split.TEST)[setting.rows]
+    rows = log.rows(split.TEST)[setting.rows]
     label, user, item = log.label[rows], log.user[rows], log.item[rows]
     resamples, seed = setting.recipe.eval.bootstrap, setting.recipe.seed
     told = transfer_report.report(found, label, user, item, " ".join(setting.facts), resamples=resamples, seed=seed)

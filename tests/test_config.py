@@ -286,7 +286,10 @@ def test_records_bring_their_own_prompts_and_split() -> None:
         ({"prompt__history": "liked"}, "prompt.history: does nothing under data.records: a.jsonl; remove it, or"),
         ({"prompt__template": "{item}"}, "prompt.template: '{item}'; records have {instruction} and {input} only"),
         ({"data__hub_revision": "a"}, "data.hub_revision: does nothing under data.records: a.jsonl; remove it, or"),
-        ({"score__prior": "bias"}, "score.prior: bias; records have no items to count the ratings of; set it to none"),
+        (
+            {"score__prior": "bias"},
+            "score.prior: bias; prompts have no items to count the ratings of; set data.rec",
+        ),
         ({"data__records": {"train": "a", "test": "b"}}, "data.records: {'test': 'b', 'train': 'a'}; expected the thr"),
         ({"data__records": ["a"]}, "data.records: ['a']; expected text or a mapping"),
     ],

@@ -30,6 +30,7 @@ ORDER = (
     "tables",
     "side_files",
     "datasets",
+    "record_events",
     "interactions",
     "split",
     "prepared",

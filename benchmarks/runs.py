@@ -2,6 +2,7 @@
 
 python benchmarks/runs.py demo runs/ml-100k-click-lora-demo
 python benchmarks/runs.py main runs/ml-100k-click-lora
+python benchmarks/runs.py bpmf runs/ml-100k-click-bpmf
 python benchmarks/runs.py rating runs/ml-100k-rating-5fold
 python benchmarks/runs.py encoder runs/ml-100k-click-encoder    # docs/benchmarks.md only
 """
@@ -17,7 +18,7 @@ from peftrec import record, report
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("place", choices=["demo", "main", "rating", "encoder"], help="whose markers")
+    parser.add_argument("place", choices=["demo", "main", "bpmf", "rating", "encoder"], help="whose markers")
     parser.add_argument("run", help="output_dir of a finished run")
     arguments = parser.parse_args()
     facts = record.read_record(arguments.run)

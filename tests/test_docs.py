@@ -145,5 +145,6 @@ def test_pages_have_places_for_every_figure() -> None:
     assert {name for name, _ in marks.findall((ROOT / "README.md").read_text(encoding="utf-8"))} == {
         "demo",
         "main",
+        "bpmf",
         "rating",
     }

@@ -26,7 +26,9 @@ from peftrec.contents import list_files
 
 ROOT = Path(__file__).parents[1]
 FINETUNE = ROOT / "recipes" / "finetune.py"
-CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*/*.yaml"))  # those beside the folders hold several recipes
+CONFIGS = sorted(
+    (ROOT / "recipes" / "configs").glob("*/*.yaml")
+)  # those beside are of several recipes, or of own files
 FOLDER = {"config.yaml", "run.json", "predictions.parquet", "figures", "adapter"}
 ADAPTER = {
     "adapter_config.json",
@@ -232,6 +234,31 @@ def test_prompt_records(tables: Path, tiny_llama_folder: Path, tmp_path: Path) -
     assert {one.record["input"] for one in about.record_probes} <= {f"Film {number}" for number in range(30)}
     assert len(set(about.recorded)) > 1
     assert reload.scores(tmp_path / "run/adapter") == pytest.approx(about.recorded, abs=1e-5)
+
+
+def test_prompt_records_as_events(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """The adapter is one like that of a table: it has the prior, and ranks titles."""
+
+    def record(number: int) -> dict[str, str]:
+        liked, other, target = (f'"Film {(number * step) % 7}"' for step in (1, 2, 3))
+        told = f"User Preference: {liked}\nUser Unpreference: {other}\n"
+        asked = f"Whether the user will like the target movie {target}?"
+        return {"instruction": "", "input": told + asked, "output": ["Yes.", "No."][number % 2]}
+
+    files = {}
+    for name, start in (("train", 0), ("valid", 20), ("test", 30)):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps([record(start + number) for number in range(10)]))
+        files[name] = str(path)
+    data = f"{{records: {json.dumps(files)}, records_as: events}}"
+    recipe = own_recipe(tmp_path, tiny_llama_folder, tmp_path / "run", data=data, prompt="overlap: 64")
+    finetune("--config", recipe, "--score.prior", "bpmf", "--score.head", "linear")
+    found = check_folder(tmp_path / "run")
+    assert [found.data["splits"][name]["rows"] for name in ("train", "valid", "test")] == [30, 30, 10]
+    assert {"item_mean", "bias", "popularity"} <= set(found.baselines)
+    recommender = Recommender.from_pretrained(tmp_path / "run/adapter")
+    best = recommender.rank([("Film 1", 1)], ["Film 2", "Film 3"], k=2)
+    assert sorted(one.title for one in best) == ["Film 2", "Film 3"]
 
 
 @pytest.mark.parametrize("status", [None, 403])

@@ -123,6 +123,7 @@ def as_rows(log: Log, questions: Questions) -> tuple[Log, Ints]:
         label=np.where(new, 0, log.label[source]).astype(np.int8),
         rating=rating,
         split=np.where(new, TEST, log.split[source]).astype(np.int8),
+        asked=None if log.asked is None else log.asked[source],  # of a candidate, the held-out target's
     )
     return rows, where[len(kept) :]
 

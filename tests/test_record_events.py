@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from peftrec import config, interactions, opponents
+from peftrec import config, interactions, opponents, retrieval
 from peftrec.errors import ConfigError, DataError
 from peftrec.record_events import events_of
 from peftrec.split import TEST, TRAIN, VALID, Log, split
@@ -193,3 +193,14 @@ def test_one_file_is_cut_by_whole_records(tmp_path: Path) -> None:
     log = log_of(config.parse_recipe({"data": data, "output_dir": "x"}, "x.yaml"))
     assert [len(log.rows(part)) for part in (TRAIN, VALID, TEST)] == [12 * 3, 4 * 3, 4]
     assert all(len(np.unique(log.split[log.user == user])) == 1 for user in range(20))
+
+
+def test_targets_are_ranked_and_what_is_told_is_not(tmp_path: Path) -> None:
+    """The liked title that a test record tells last is no held-out item, and candidates may be reported."""
+    log = log_of(recipe_of(tmp_path, {**FILES, "test": [*FILES["test"], record(["Heat"], [], "Big", "No.")]}))
+    questions = retrieval.draw(log, 9, None, "streaming", 1)
+    assert questions.row.tolist() == [int(log.rows(TEST)[0])]  # liked, and behind something told
+    rows, places = retrieval.as_rows(log, questions)
+    assert set(places.tolist()) <= set(rows.rows(TEST).tolist())
+    assert rows.asked is not None
+    assert len(rows.asked) == len(rows)

@@ -26,9 +26,8 @@ from peftrec.contents import list_files
 
 ROOT = Path(__file__).parents[1]
 FINETUNE = ROOT / "recipes" / "finetune.py"
-CONFIGS = sorted(
-    (ROOT / "recipes" / "configs").glob("*/*.yaml")
-)  # those beside are of several recipes, or of own files
+# Those beside the folders hold several recipes, or want files of one's own.
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*/*.yaml"))
 FOLDER = {"config.yaml", "run.json", "predictions.parquet", "figures", "adapter"}
 ADAPTER = {
     "adapter_config.json",

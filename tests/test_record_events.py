@@ -147,10 +147,12 @@ def test_what_a_record_tells_is_known_of_its_person_alone(tmp_path: Path, prior:
     before = opponents.measure(log, recipe)
     after = opponents.measure(log_of(recipe_of(tmp_path, others)), recipe)
     for name in (*names, "global_mean"):
-        assert after.scores.get(name, after.prior)[row] == before.scores.get(name, before.prior)[row], name
+        assert after.scores[name][row] == before.scores[name][row], name
     own = opponents.measure(log_of(recipe_of(tmp_path, told)), recipe)
     assert own.prior is not None
     assert before.prior is not None
+    assert after.prior is not None
+    assert after.prior[row] == before.prior[row]
     assert own.prior[row] != before.prior[row]
     # A saved prior answers as the run did.
     ids = log.items["item_id"].to_list()

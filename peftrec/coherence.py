@@ -54,7 +54,7 @@ def idle(recipe: Any) -> dict[str, str]:
         (data.records_as == "prompts", "data.records_as", "data.record_marks"),
         (data.records, "data.records", "data.items data.users data.items_where data.like_at data.rating_range"),
         (data.records, "data.records", "prompt.user eval.user_groups"),
-        (data.prompts, "data.records", "prompt.item prompt.header prompt.history prompt.max_history"),
+        (data.prompts, "data.records", "prompt.item prompt.header prompt.history prompt.max_history eval.baselines"),
         (recipe.prompt.user is None and not recipe.eval.user_groups, "prompt.user", "data.users"),
         (isinstance(data.records, dict), "data.records", _keys(data.split, "data.split.")),
         (kind != "column", "data.split.kind", "data.split.column"),

@@ -263,7 +263,7 @@ def _looks(
         yield data.users, lambda source: _check_shown(source, data, USERS, of_users)
     files = data.records.values() if isinstance(data.records, dict) else filter(None, [data.records])
     for file in files:
-        yield file, lambda source: _record_names(source, data)
+        yield file, lambda source: _first_record(source, data, task)
 
 
 def _first_event(where: str, data: Data, task: Task | None) -> pl.DataFrame:
@@ -271,6 +271,13 @@ def _first_event(where: str, data: Data, task: Task | None) -> pl.DataFrame:
     first = tables.scan(where).head(1)
     raw = _select(first, where, data.columns, data, task, with_title=data.items is None, warnings=[])
     return _parse(raw, where, data.like_at, None, task)
+
+
+def _first_record(source: str, data: Data, task: Task | None) -> None:
+    """Read the first record as all of them will be."""
+    first = _record_file(source, data, task or "click", most=1)
+    if data.prompts is None:
+        events_of(first, source, 0, data.record_marks)
 
 
 def _check_where(source: str, data: Data) -> None:
@@ -502,8 +509,11 @@ def _record_names(source: str, data: Data) -> tuple[pl.LazyFrame, dict[str, str]
     return table, names
 
 
-def _record_file(source: str, data: Data, task: Task) -> pl.DataFrame:
+def _record_file(source: str, data: Data, task: Task, most: int | None = None) -> pl.DataFrame:
+    """The records of one file, `most` at most, as they will be used."""
     table, names = _record_names(source, data)
+    if most is not None:
+        table = table.head(most)
     raw = tables.collect(table.select(**{ours: pl.col(theirs) for ours, theirs in names.items()}), source)
     columns = [raw[name].cast(pl.String).fill_null("") for name in ("instruction", "input")]
     if task == "rating":

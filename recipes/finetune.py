@@ -15,11 +15,14 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from peftrec import (
     adapters,
@@ -56,7 +59,50 @@ from peftrec.target import Target, fit_target
 from peftrec.user_groups import user_groups
 
 PROBES = 8  # questions whose scores are saved with the adapter
+Say = Callable[[str], None]  # print on the main process
 MOST_CANDIDATES = {"timeline": 2000, "pointwise": 50}  # ranked at the end for one person; a prompt each is slow
+
+
+@dataclass
+class Learner:
+    """The language model with all that says how it is asked.
+
+    Attributes:
+        target: what its outputs are trained to.
+        loaded: the base model and its tokenizer.
+        encoder: writes the log's events as text.
+        model: what is asked; an adapter's from when one has been attached.
+        beside: side vectors, if the recipe has any.
+        start: the adapter that training starts from, if the recipe names one.
+    """
+
+    target: Target
+    loaded: backbone.Backbone
+    encoder: encode.Encoder
+    model: Any
+    beside: side_vectors.OfRun | None
+    start: earlier.Earlier | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training and scoring left.
+
+    Attributes:
+        fitted: what training was; None where nothing is trained.
+        alignment: the other domain that it was brought nearer to, if any.
+        rows: the reported rows of the log, (n,).
+        outputs: the head's, (n, K).
+        base_outputs: those of the base model without an adapter, if they were wanted.
+        seconds: that scoring took.
+    """
+
+    fitted: train.Fitted | None
+    alignment: align.Alignment | None
+    rows: np.ndarray
+    outputs: np.ndarray
+    base_outputs: np.ndarray | None
+    seconds: float
 
 
 def main() -> None:
@@ -79,35 +125,65 @@ def main() -> None:
     if mistake := processes.alone_by_mistake():
         say(f"warning: {mistake}")
 
-    # Data: tables -> one log of events, each in one split.
+    # Data: tables -> one log of events, each in one split; and, of another domain, events without their answers.
+    data, log = _events(recipe, say)
+    other = align.unanswered(recipe, log) if recipe.align.used else None
+    warnings = [*data.warnings, *(other.warnings if other else ())]
+    for warning in warnings:
+        say(f"warning: {warning}")
+
+    # What counting alone predicts: the opponents, and the prior if the recipe wants one. Then text and model.
+    known = opponents.measure(log, recipe)
+    learner = _learner(recipe, log, known, say)
+
+    # Learn from the training rows; score the validation and test rows that are reported.
+    outcome = _learn_and_score(recipe, log, known, learner, other, folder, say, resume=arguments.resume)
+    processes.gather(learner.model)
+    processes.leave()
+    if not state.is_main_process:
+        return
+
+    # Everything below is written by one process: predictions, tables, figures, adapter.
+    comparison, about = _write(folder, recipe, data, log, known, learner, outcome, warnings)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    print("\n" + comparison.table())
+
+    # The run is safe; now the adapter is loaded as a user would load it, and asked.
+    if about is not None:
+        encoder = learner.encoder
+        del learner  # two models at once need not fit
+        _probe(folder / "adapter", about, known, encoder, log, recipe)
+        _write_card(folder, recipe.hub.repo_id)
+        if log.prompts is None:
+            _recommend(folder / "adapter", log, recipe)
+    if recipe.hub.push:
+        _push(folder, recipe.hub)
+    print(f"\neverything is in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+def _events(recipe: config.Recipe, say: Say) -> tuple[interactions.Interactions, split.Log]:
+    """The recipe's tables, as they were read and as a log of events in splits."""
     data, log = prepared.load(recipe.data, recipe.seed, recipe.task, with_users=config.of_users(recipe))
     if recipe.data.train_events is not None:
         log = split.few(log, recipe.data.train_events, recipe.seed)
-    for warning in data.warnings:
-        say(f"warning: {warning}")
     sizes = ", ".join(f"{name} {len(log.rows(code)):,}" for code, name in enumerate(split.SPLITS))
     say(
         f"data: {data.name}, {len(log):,} events of {len(log.user_ids):,} users on {log.items.height:,} items ({sizes})"
     )
+    return data, log
 
-    other = align.unanswered(recipe, log) if recipe.align.used else None
-    for warning in other.warnings if other else ():
-        say(f"warning: {warning}")
 
-    # What counting alone predicts: the opponents, and the prior if the recipe wants one.
-    known = opponents.measure(log, recipe)
+def _learner(recipe: config.Recipe, log: split.Log, known: opponents.Opponents, say: Say) -> Learner:
+    """The base model under an answer head, and the encoder that asks it."""
     beside = side_vectors.of_run(log, recipe) if recipe.side.used else None
-
-    # What is predicted, text and model.
     methods.check(recipe.adapter)
     backbone.check(recipe)
     start = earlier.find(recipe)
     learned = log.split == split.TRAIN
-    how = recipe.score
     target = fit_target(
         recipe.task,
-        how.head,
-        how.loss,
+        recipe.score.head,
+        recipe.score.loss,
         log.scale,
         log.label[learned],
         None if known.prior is None else known.prior[learned],
@@ -133,52 +209,52 @@ def main() -> None:
     )
     if loaded.base.dtype == "bfloat16" and not backbone.has_bfloat16():
         say("warning: this processor has no bfloat16 of its own and is slow in it; model.dtype: auto takes float32")
+    return Learner(target, loaded, encoder, model, beside, start)
 
-    # Train.
+
+def _learn_and_score(
+    recipe: config.Recipe,
+    log: split.Log,
+    known: opponents.Opponents,
+    learner: Learner,
+    other: align.Other | None,
+    folder: Path,
+    say: Say,
+    *,
+    resume: bool,
+) -> Outcome:
+    """Train an adapter, if the recipe has one, and score the reported rows with it and without."""
+    encoder, state = learner.encoder, processes.group()
     drawn = interactions.drawn_order(len(log.user_ids), recipe.seed, "evaluated users")
     valid_rows, test_rows = (
         encode.whole_users(log.rows(code), log.user, most, drawn)
         for code, most in ((split.VALID, recipe.eval.max_valid_rows), (split.TEST, recipe.eval.max_test_rows))
     )
-    measure = _validation(log, known.prior, target)
+    measure = _validation(log, known.prior, learner.target)
     choice = recipe.train.metric_for_best_model
-    if not np.isfinite(measure(valid_rows, np.zeros((len(valid_rows), target.outputs), dtype=np.float32))[choice]):
+    untold = np.zeros((len(valid_rows), learner.target.outputs), dtype=np.float32)
+    if not np.isfinite(measure(valid_rows, untold)[choice]):
         raise DataError(
             f"train.metric_for_best_model: {choice} is not defined on the validation rows, since nobody there has two "
             "different answers; choose loss, or a larger data.split.valid"
         )
-    fitted: train.Fitted | None = None
-    trains = recipe.adapter.method != "none"
     reported = encoder.evaluate(np.concatenate((valid_rows, test_rows)), recipe.eval.history, known.prior)
-    base_outputs = None
-    asks_base = recipe.eval.base_model and target.head == "tokens"  # a head that is not trained yet says nothing
+    trains = recipe.adapter.method != "none"
+    asks_base = recipe.eval.base_model and learner.target.head == "tokens"  # an untrained head says nothing
+    fitted, alignment, base_outputs = None, None, None
     if recipe.adapter.method == "full" and asks_base:  # there will be no adapter to switch off
-        _, base_outputs = train.score(model, reported, description="score, base model", processes=state)
+        _, base_outputs = train.score(learner.model, reported, description="score, base model", processes=state)
     if trains:
         data_train = encoder.train(known.prior, Augment.of(recipe))
-        alignment = None if other is None else align.Alignment.of(recipe, other, loaded.tokenizer)
-        model = adapters.attach(
-            model,
-            recipe.adapter,
-            base_name=loaded.base.hub_id,
-            seed=recipe.seed,
-            steps=train.total_steps(recipe.train, len(data_train)),
-            original=lambda: backbone.load(dataclasses.replace(recipe.model, load_in_4bit=False), target).model,
-            opening=lambda tokens: encoder.opening(tokens, recipe.seed),
-        )
-        if beside is not None:
-            side.attach(model, beside, recipe.side, seed=recipe.seed)
-        if start is not None:
-            earlier.take_over(model, start, recipe.task, stacked=recipe.start.stack)
-            say(f"start: {start.name}{', below a new adapter' if recipe.start.stack else ''}")
-        backbone.check_window(loaded.model, recipe.prompt.max_tokens, virtual_tokens.count(model))
+        alignment = None if other is None else align.Alignment.of(recipe, other, learner.loaded.tokenizer)
+        _attach(learner, recipe, len(data_train), say)
     # Nothing is written before everything that can be wrong with the recipe has been tried.
     if state.is_main_process:
-        _prepare(folder, recipe, resume=arguments.resume)
+        _prepare(folder, recipe, resume=resume)
     if trains:
         say(
-            f"train: {adapters.trainable_parameters(model) / 1e6:.2f} M parameters on {data_train.events:,} events, "
-            f"{data_train.tokens:,} tokens in {len(data_train):,} rows an epoch"
+            f"train: {adapters.trainable_parameters(learner.model) / 1e6:.2f} M parameters on {data_train.events:,} "
+            f"events, {data_train.tokens:,} tokens in {len(data_train):,} rows an epoch"
         )
         if alignment is not None:
             say(
@@ -186,45 +262,59 @@ def main() -> None:
                 f"{len(alignment.rows):,} rows"
             )
         fitted = train.fit(
-            model,
+            learner.model,
             data_train,
             encoder.evaluate(valid_rows, recipe.eval.history, known.prior),
-            target,
+            learner.target,
             measure,
             train=recipe.train,
             folder=folder / "checkpoints",
             seed=recipe.seed,
-            resume=arguments.resume,
+            resume=resume,
             alignment=alignment,
         )
-
-    # Score the rows that are reported, with the adapter and without it.
     begin = time.perf_counter()
-    rows, outputs = train.score(model, reported, description="score", processes=state)
-    score_seconds = time.perf_counter() - begin
+    rows, outputs = train.score(learner.model, reported, description="score", processes=state)
+    seconds = time.perf_counter() - begin
     if fitted is not None and asks_base and base_outputs is None:
-        with model.disable_adapter(), side.off():
-            _, base_outputs = train.score(model, reported, description="score, base model", processes=state)
-    processes.gather(model)
-    processes.leave()
-    if not state.is_main_process:
-        return
+        with learner.model.disable_adapter(), side.off():
+            _, base_outputs = train.score(learner.model, reported, description="score, base model", processes=state)
+    return Outcome(fitted, alignment, rows, outputs, base_outputs, seconds)
 
-    # Everything below is written by one process: predictions, tables, figures, adapter.
-    prior = None if known.prior is None else known.prior[rows]
-    score, answer = target.measure(outputs, prior)
-    table = record.predictions(
-        log,
-        rows,
-        task=recipe.task,
-        score=score,
-        answer=answer if recipe.task == "rating" else None,
-        score_no_prior=None if prior is None else target.measure(outputs)[0],
-        prior=prior,
-        base_score=None if base_outputs is None else target.measure(base_outputs)[0],
-        baselines={name: scores[rows] for name, scores in known.scores.items()},
-        groups=None if log.users is None else user_groups(log.users, recipe.eval.user_groups),
+
+def _attach(learner: Learner, recipe: config.Recipe, rows: int, say: Say) -> None:
+    """Put the recipe's adapter on the model, from an earlier one where the recipe names one; `rows` is an epoch."""
+    loaded, encoder = learner.loaded, learner.encoder
+    learner.model = adapters.attach(
+        learner.model,
+        recipe.adapter,
+        base_name=loaded.base.hub_id,
+        seed=recipe.seed,
+        steps=train.total_steps(recipe.train, rows),
+        original=lambda: backbone.load(dataclasses.replace(recipe.model, load_in_4bit=False), learner.target).model,
+        opening=lambda tokens: encoder.opening(tokens, recipe.seed),
     )
+    if learner.beside is not None:
+        side.attach(learner.model, learner.beside, recipe.side, seed=recipe.seed)
+    if learner.start is not None:
+        earlier.take_over(learner.model, learner.start, recipe.task, stacked=recipe.start.stack)
+        say(f"start: {learner.start.name}{', below a new adapter' if recipe.start.stack else ''}")
+    backbone.check_window(loaded.model, recipe.prompt.max_tokens, virtual_tokens.count(learner.model))
+
+
+def _write(
+    folder: Path,
+    recipe: config.Recipe,
+    data: interactions.Interactions,
+    log: split.Log,
+    known: opponents.Opponents,
+    learner: Learner,
+    outcome: Outcome,
+    warnings: list[str],
+) -> tuple[report.Comparison, artifact.Artifact | None]:
+    """Predictions, figures, the adapter if there is one, and at last the record, which says that the run has ended."""
+    fitted, rows = outcome.fitted, outcome.rows
+    table = _predictions(recipe, log, known, learner.target, outcome)
     record.write_predictions(folder, table)
     comparison = report.compare_predictions(table, recipe, scale=log.scale)
     tested = table.filter(table["split"] == "test")
@@ -238,47 +328,35 @@ def main() -> None:
         intervals=comparison.intervals,
         rows={name: size.rows for name, size in comparison.sizes.items()},
         scale=log.scale,
-        loss=target.loss,
+        loss=learner.target.loss,
         ranking_only=baselines.RANKING_ONLY,
     )
-    about: artifact.Artifact | None = None
+    about = None if fitted is None else _describe(recipe, data, log, learner)
     facts: dict[str, Any] = {"method": recipe.adapter.method}
-    if fitted is not None:
-        about = artifact.describe(
-            recipe,
-            encoder.codec,
-            loaded.base,
-            target,
-            data_name=data.name,
-            data_sha256=data.sha256,
-            like_at=None if log.rating is None else data.like_at,
-            max_item_tokens=encoder.max_item_tokens,
-            example=encoder.example(),
-            template=encoder.template,
-            side=list(beside.sources) if beside else (),
-        )
-        _save(folder / "adapter", model, loaded.tokenizer, about, known.saved_prior, beside)
+    if about is not None:
+        _save(folder / "adapter", learner, about, known.saved_prior)
         facts |= {
             "config": config.recipe_to_dict(recipe)["adapter"],
-            "trainable_parameters": adapters.trainable_parameters(model),
+            "trainable_parameters": adapters.trainable_parameters(learner.model),
             "bytes": adapters.file_bytes(folder / "adapter"),
-            **({} if start is None else {"started_from": start.facts()}),
-            **({} if alignment is None else {"aligned_with": alignment.facts()}),
+            **({} if learner.start is None else {"started_from": learner.start.facts()}),
+            **({} if outcome.alignment is None else {"aligned_with": outcome.alignment.facts()}),
         }
+    beside = learner.beside
     record.write_record(
         folder,
         record.RunRecord(
             **comparison.facts(),
-            warnings=[*data.warnings, *(other.warnings if other else ()), *comparison.warnings],
+            warnings=[*warnings, *comparison.warnings],
             data=record.data_facts(data, log, recipe.task),
-            prompt={**dataclasses.asdict(recipe.prompt), "max_item_tokens": encoder.max_item_tokens},
-            model=dataclasses.asdict(loaded.base),
+            prompt={**dataclasses.asdict(recipe.prompt), "max_item_tokens": learner.encoder.max_item_tokens},
+            model=dataclasses.asdict(learner.loaded.base),
             adapter=facts,
             train=record.train_facts(**dataclasses.asdict(fitted)) if fitted else {},
             eval={
                 **dataclasses.asdict(recipe.eval),
                 "rows": len(rows),
-                "seconds": score_seconds,
+                "seconds": outcome.seconds,
                 "settings": known.settings | ({"side": beside.settings} if beside else {}),
             },
             hardware=record.hardware(backbone.accelerators()),
@@ -292,20 +370,48 @@ def main() -> None:
             seed=recipe.seed,
         ),
     )
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    print("\n" + comparison.table())
+    return comparison, about
 
-    # The run is safe; now the adapter is loaded as a user would load it, and asked.
-    if about is not None:
-        del model, loaded
-        _probe(folder / "adapter", about, known, encoder, log, recipe)
-    if about is not None:
-        _write_card(folder, recipe.hub.repo_id)
-    if about is not None and log.prompts is None:
-        _recommend(folder / "adapter", log, recipe)
-    if recipe.hub.push:
-        _push(folder, recipe.hub)
-    print(f"\neverything is in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+def _predictions(
+    recipe: config.Recipe, log: split.Log, known: opponents.Opponents, target: Target, outcome: Outcome
+) -> pl.DataFrame:
+    """One line for each reported row: the truth and what everybody predicts."""
+    rows, base = outcome.rows, outcome.base_outputs
+    prior = None if known.prior is None else known.prior[rows]
+    score, answer = target.measure(outcome.outputs, prior)
+    return record.predictions(
+        log,
+        rows,
+        task=recipe.task,
+        score=score,
+        answer=answer if recipe.task == "rating" else None,
+        score_no_prior=None if prior is None else target.measure(outcome.outputs)[0],
+        prior=prior,
+        base_score=None if base is None else target.measure(base)[0],
+        baselines={name: scores[rows] for name, scores in known.scores.items()},
+        groups=None if log.users is None else user_groups(log.users, recipe.eval.user_groups),
+    )
+
+
+def _describe(
+    recipe: config.Recipe, data: interactions.Interactions, log: split.Log, learner: Learner
+) -> artifact.Artifact:
+    """What an adapter's folder says of itself beside PEFT's own config."""
+    encoder, beside = learner.encoder, learner.beside
+    return artifact.describe(
+        recipe,
+        encoder.codec,
+        learner.loaded.base,
+        learner.target,
+        data_name=data.name,
+        data_sha256=data.sha256,
+        like_at=None if log.rating is None else data.like_at,
+        max_item_tokens=encoder.max_item_tokens,
+        example=encoder.example(),
+        template=encoder.template,
+        side=list(beside.sources) if beside else (),
+    )
 
 
 def _validation(log: split.Log, prior: np.ndarray | None, target: Target) -> train.ToMetrics:
@@ -362,15 +468,15 @@ def _prepare(folder: Path, recipe: config.Recipe, *, resume: bool) -> None:
         scratch.write_text(config.dump_recipe(recipe))
 
 
-def _save(folder: Path, model: Any, tokenizer: Any, about: artifact.Artifact, prior: Any, beside: Any) -> None:
+def _save(folder: Path, learner: Learner, about: artifact.Artifact, prior: Any) -> None:
     """Write the adapter folder whole or not at all."""
     scratch = folder.with_name(f".{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
-    adapters.save(model, scratch)
-    tokenizer.save_pretrained(scratch)
+    adapters.save(learner.model, scratch)
+    learner.loaded.tokenizer.save_pretrained(scratch)
     artifact.write(scratch, about, prior)
-    if beside is not None:
-        side.save(model, scratch, beside.sources)
+    if learner.beside is not None:
+        side.save(learner.model, scratch, learner.beside.sources)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
 

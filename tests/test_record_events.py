@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,10 @@ def test_what_a_record_tells_is_known_of_its_person_alone(tmp_path: Path, prior:
             "data.record_marks: does nothing under data.records_as: prompts",
         ),
         (
+            {"data": {"records": "a.json"}, "prompt": {"layout": "pointwise"}, "eval": {"baselines": ["mf"]}},
+            "eval.baselines: does nothing under data.records: a.json",
+        ),
+        (
             {"data": {"name": "ml-100k", "records_as": "events"}},
             "data.records_as: does nothing under data.name: ml-100k",
         ),
@@ -186,6 +191,14 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, values: dict[str, Any], ex
     with pytest.raises(ConfigError) as error:
         recipe_of(tmp_path, FILES, **values)
     assert [line for line in str(error.value).splitlines() if line.startswith(f"x.yaml: {expected}")], error.value
+
+
+def test_a_record_without_the_words_is_seen_before_all_are_read(tmp_path: Path) -> None:
+    marks = {**MARKS, "target": "Will they like"}
+    recipe = recipe_of(tmp_path, FILES)
+    interactions.check(recipe.data)
+    with pytest.raises(DataError, match=r"train\.json: input of record 1: no title behind 'Will they like'"):
+        interactions.check(dataclasses.replace(recipe.data, record_marks=marks))
 
 
 def test_one_file_is_cut_by_whole_records(tmp_path: Path) -> None:

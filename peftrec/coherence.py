@@ -53,7 +53,9 @@ def idle(recipe: Any) -> dict[str, str]:
         (data.records is None, "data.name" if data.name else source, "data.records_as"),
         (data.records_as == "prompts", "data.records_as", "data.record_marks"),
         (data.records, "data.records", "data.items data.users data.items_where data.like_at data.rating_range"),
-        (data.records, "data.records", "prompt.user eval.user_groups"),
+        (data.records, "data.records", "prompt.user eval.user_groups data.sampled_negatives"),
+        (recipe.task == "rating", "task", "data.sampled_negatives"),
+        (data.sampled_negatives, "data.sampled_negatives", "data.like_at data.rating_range"),
         (data.prompts, "data.records", "prompt.item prompt.header prompt.history prompt.max_history eval.baselines"),
         (recipe.prompt.user is None and not recipe.eval.user_groups, "prompt.user", "data.users"),
         (isinstance(data.records, dict), "data.records", _keys(data.split, "data.split.")),
@@ -126,6 +128,18 @@ def conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
     yield from _align_conflicts(recipe)
     yield from compatibility.conflicts(recipe)
     yield from _record_conflicts(recipe)
+    if recipe.data.sampled_negatives and recipe.prompt.history == "all":
+        text = "all; nobody met what is drawn (data.sampled_negatives), so no history may show it; set it to liked"
+        yield "prompt.history", ("data.sampled_negatives",), text
+    if recipe.data.sampled_negatives and recipe.score.prior != "none":
+        text = (
+            f"{recipe.score.prior}; it would count what is drawn (data.sampled_negatives) as answers of a person, and "
+            "of whoever asks later there are clicks alone; set it to none"
+        )
+        yield "score.prior", ("data.sampled_negatives",), text
+    if recipe.data.sampled_negatives and recipe.align.used:
+        text = f"{recipe.align.kind}; it aligns with events, of which drawn ones (data.sampled_negatives) are none"
+        yield "align.kind", ("data.sampled_negatives",), f"{text}; leave one of them out"
     if recipe.model.load_in_4bit and recipe.model.load_in_8bit:
         text = "true, and model.load_in_4bit too; expected one of them at most; remove the other"
         yield "model.load_in_8bit", ("model.load_in_4bit",), text

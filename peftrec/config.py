@@ -115,6 +115,9 @@ class Data:
     """Keep the items of one domain: column of the items table -> the values that it may have, as in
     `{genres: [Drama, War]}`. Of a cell that lists several, by commas or `|`, each must be among them: recipes whose
     lists share no value have no item in common."""
+    sampled_negatives: Count | None = None
+    """Where every event is a click and nothing says what was not clicked: so many items beside each event, drawn by the
+    seed among those that others had met by then and its person meets nowhere. Null draws none."""
     sample_users: Count | None = None
     """Keep this many users, drawn by the seed, with all their events; null keeps everybody."""
     train_events: Count | None = None

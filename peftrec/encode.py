@@ -134,7 +134,7 @@ class Encoder:
         return self.questions_of(1, seed=0)[0]
 
     def questions_of(self, n: int, seed: int) -> list[Question]:
-        """`n` events of the log drawn by `seed`, each with the texts and answers of at most six events before it."""
+        """`n` events of the log drawn by `seed`, each with the texts and answers of what is shown of the six before it."""
         drawn = drawn_order(len(self.log), seed, "questions")[:n]
         return [(self._past(row), self.texts[int(self.log.item[row])]) for row in drawn.tolist()]
 
@@ -143,7 +143,7 @@ class Encoder:
         return self._records(np.asarray(drawn_order(len(self.log), seed, "questions")[:n]))
 
     def opening(self, tokens: int, seed: int) -> list[int]:
-        """A text of the prompt's form that nobody wrote: items drawn by `seed`, liked or not in turn.
+        """A text of the prompt's form that nobody wrote: items drawn by `seed`, with the answers of a history in turn.
 
         Args:
             tokens: how long it has to be at least, as far as there are items.
@@ -154,12 +154,12 @@ class Encoder:
         """
         if not (self.texts and isinstance(self.codec, Codec)):
             return []
-        text = list(self.codec.header)
+        text, shown = list(self.codec.header), self._shown
         for turn, item in enumerate(drawn_order(len(self.texts), seed, "opening").tolist()):
             if len(text) >= tokens:
                 break
             begin, end = self.questions.start[item : item + 2]
-            text += [*self.questions.flat[begin:end].tolist(), *self.codec.tail(turn % len(self.codec.answers))]
+            text += [*self.questions.flat[begin:end].tolist(), *self.codec.tail(shown[turn % len(shown)])]
         return text
 
     def _past(self, row: int) -> list[tuple[str, int]]:
@@ -167,12 +167,17 @@ class Encoder:
         return [
             (self.texts[int(self.log.item[i])], int(self.log.label[i]))
             for i in range(max(first, row - 6), row)
-            if self.log.timestamp[i] < self.log.timestamp[row]
+            if self.log.timestamp[i] < self.log.timestamp[row] and int(self.log.label[i]) in self._shown
         ]
 
     @property
     def _liked(self) -> bool:
         return self.prompt.history == "liked"
+
+    @property
+    def _shown(self) -> range:
+        """The labels of events that a history shows."""
+        return range((self.log.liked_from or 0) if self._liked else 0, len(self.codec.answers))
 
     @property
     def _ordered(self) -> bool:

@@ -46,7 +46,7 @@ def exposure(
         return {}
     item = log.item[rows[chosen]]
     _, user = np.unique(log.user[rows[chosen]], return_inverse=True)
-    trained = log.item[(log.split == TRAIN) & (log.item >= 0)]
+    trained = log.item[(log.split == TRAIN) & (log.item >= 0) & log.met]
     events = np.bincount(trained, minlength=log.items.height)
     head = np.zeros(len(events), dtype=bool)
     head[np.argsort(-events, kind="stable")[: math.ceil(HEAD * len(events))]] = True

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from peftrec import tables
+from peftrec import negatives, tables
 from peftrec.config import Data
 from peftrec.datasets import DATASETS
 from peftrec.errors import DataError
@@ -54,6 +54,7 @@ class Interactions:
         scale: What the answers stand for, ascending: 0 and 1 for clicks, every rating that can be given for ratings.
         like_at: Rating from which an event counts as liked; None where nobody said.
         users: What is known of the users, one row for each of `user_ids`; None where it was not asked for.
+        drawn: Whether the events of label 0 are negatives that were drawn, which nobody met.
     """
 
     events: pl.DataFrame
@@ -65,6 +66,7 @@ class Interactions:
     scale: tuple[float, ...] = CLICK_SCALE
     like_at: float | None = None
     users: pl.DataFrame | None = None
+    drawn: bool = False
 
 
 def load(
@@ -103,6 +105,9 @@ def load(
         events = events.with_row_index("timestamp").with_columns(pl.col("timestamp").cast(pl.Int64))
     if data.sample_users is not None:
         events, user_ids = _sample(events, user_ids, data.sample_users, seed, warnings)
+    drawn = data.sampled_negatives is not None and task is not None
+    if data.sampled_negatives is not None and task is not None:
+        events = _with_negatives(events, data.sampled_negatives, seed, name, warnings)
     if task == "rating":
         scale = rating_scale(events["rating"], name, data.rating_range)
     else:
@@ -111,7 +116,7 @@ def load(
             _check_classes(events["label"], name, data)
     users = _users(data, user_ids, with_users, warnings) if with_users else None
     fingerprint = _fingerprint(events, user_ids, items, users)
-    return Interactions(events, user_ids, items, name, fingerprint, tuple(warnings), scale, data.like_at, users)
+    return Interactions(events, user_ids, items, name, fingerprint, tuple(warnings), scale, data.like_at, users, drawn)
 
 
 def rating_scale(ratings: pl.Series, where: str, limits: Sequence[float] | None) -> tuple[float, ...]:
@@ -322,7 +327,8 @@ def _select(
     found = tables.column_names(table, where)
     given = {ours: theirs for ours, theirs in columns.items() if ours != "title" or with_title}
     required = ["user_id", "item_id", *(["title"] if with_title and "title" in given else [])]
-    answers = ["label", "rating"] if task is not None else []
+    # Whatever a rating says, the row was clicked.
+    answers = [] if task is None else ["label"] if data.sampled_negatives is not None else ["label", "rating"]
     names = tables.match_columns(found, where, given, required, [*answers, "timestamp"])
     if task is None:
         pass
@@ -335,9 +341,12 @@ def _select(
     elif "label" in names:
         if names.pop("rating", None) is not None and data.like_at is not None:
             warnings.append(f"{where}: the label column is used; rating and data.like_at are not")
-    elif "rating" not in names:
+    elif "rating" not in names and data.sampled_negatives is None:
         hint = tables.nearest_column("label", found) or tables.nearest_column("rating", found) or "<column>"
-        todo = f"set data.columns.rating or data.columns.label to a column, such as {hint}"
+        todo = (
+            f"set data.columns.rating or data.columns.label to a column, such as {hint}, or data.sampled_negatives if "
+            "every row is a click"
+        )
         raise DataError(f"{where}: no column 'rating' or 'label' (found {', '.join(found)}); {todo}")
     if with_title and "title" not in names:
         if "title" not in found:
@@ -400,6 +409,8 @@ def _parse(
         columns.append(pl.repeat(0, raw.height, dtype=pl.Int8, eager=True).alias("label"))
     elif "label" in raw.columns:
         columns.append(tables.parse_labels(raw["label"], where).alias("label"))
+    elif "rating" not in raw.columns:
+        columns.append(pl.repeat(1, raw.height, dtype=pl.Int8, eager=True).alias("label"))
     else:
         rating = tables.parse_numbers(raw["rating"], where, "rating")
         if limits is not None:
@@ -631,9 +642,22 @@ def _sample(
     return events, user_ids.gather(kept)
 
 
+def _with_negatives(events: pl.DataFrame, each: int, seed: int, where: str, warnings: list[str]) -> pl.DataFrame:
+    if count := int((events["label"] == 0).sum()):
+        raise DataError(
+            f"{where}: {count} rows have label 0; expected clicks alone beside data.sampled_negatives: leave it out, and "
+            "learn from these, or leave these rows out"
+        )
+    found, drawn = negatives.beside(events, each, seed)
+    warnings.append(f"{where}: {drawn} negatives drawn beside {events.height} clicks (data.sampled_negatives)")
+    return found
+
+
 def _check_classes(label: pl.Series, where: str, data: Data) -> None:
     if label.n_unique() == 1:
         todo = "" if data.like_at is None else f": change data.like_at, which is {data.like_at:g}"
+        if label[0] == 1 and data.sampled_negatives is None:
+            todo += f"{' or' if todo else ': if every row is a click,'} set data.sampled_negatives"
         raise DataError(f"{where}: all {len(label)} rows have label {label[0]}; expected both 0 and 1{todo}")
 
 

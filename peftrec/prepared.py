@@ -23,6 +23,7 @@ MODULES = (
     "encode",
     "interactions",
     "kept",
+    "negatives",
     "prepared",
     "prompts",
     "record_events",
@@ -106,6 +107,7 @@ def _pack(source: Interactions, log: Log) -> kept.Kept:
             "like_at": source.like_at,
             "scale": log.scale,
             "liked_from": log.liked_from,
+            "drawn": log.drawn,
         },
     )
 
@@ -119,6 +121,7 @@ def _unpack(found: kept.Kept, key: str | None) -> tuple[Interactions, Log]:
         user_ids=user_ids,
         scale=scale,
         liked_from=facts["liked_from"],
+        drawn=facts["drawn"],
         key=key if kept.limit() else None,
     )
     source = Interactions(
@@ -131,5 +134,6 @@ def _unpack(found: kept.Kept, key: str | None) -> tuple[Interactions, Log]:
         scale=scale,
         like_at=facts["like_at"],
         users=log.users,
+        drawn=log.drawn,
     )
     return source, log

@@ -85,7 +85,8 @@ def draw(log: Log, users: int, among: int | None, history: History, seed: int) -
     for one in row.tolist():
         user = int(log.user[one])
         unmet = np.ones(items, dtype=bool)
-        met = log.item[start[user] : start[user + 1]]
+        own = slice(start[user], start[user + 1])
+        met = log.item[own][log.met[own]]
         unmet[met[met >= 0]] = False
         order = drawn_order(items, seed, f"ranked items of {log.user_ids[user]}")
         others = order[unmet[order]][:among]
@@ -131,7 +132,8 @@ def as_rows(log: Log, questions: Questions) -> tuple[Log, Ints]:
 def known_rows(log: Log, row: int, history: History) -> Ints:
     """What is known of the user of a question about `row`: rows of the log, in order of time."""
     own = np.arange(*np.searchsorted(log.user, [log.user[row], log.user[row] + 1]))
-    known: Ints = own[(log.split[own] == TRAIN) if history == "frozen" else (log.timestamp[own] < log.timestamp[row])]
+    seen = (log.split[own] == TRAIN) if history == "frozen" else (log.timestamp[own] < log.timestamp[row])
+    known: Ints = own[seen & log.met[own]]
     return known
 
 
@@ -185,7 +187,7 @@ def measure(
     Raises:
         DataError: a score is NaN or infinite.
     """
-    learned = (log.split == TRAIN) & (log.item >= 0)
+    learned = (log.split == TRAIN) & (log.item >= 0) & log.met
     events = np.bincount(log.item[learned], minlength=log.items.height)
     pairs = np.unique(log.user[learned].astype(np.int64) * log.items.height + log.item[learned])
     met_by = np.bincount(pairs % log.items.height, minlength=log.items.height)

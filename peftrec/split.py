@@ -50,6 +50,7 @@ class Log:
         users: What is known of the users, one row for each of `user_ids`; None where it was not asked for.
         asked: Whether the answer of each event may be reported (n,), bool; None where that of each may. A record's
             history is told, and known of its person alone: it is no answer to find.
+        drawn: Whether the events of label 0 are negatives that were drawn (`data.sampled_negatives`).
         key: Hash of all that it was made of, where that is known: see `prepared.load`.
     """
 
@@ -66,6 +67,7 @@ class Log:
     liked_from: int | None = 1
     users: pl.DataFrame | None = None
     asked: np.ndarray | None = None
+    drawn: bool = False
     key: str | None = None
 
     def __len__(self) -> int:
@@ -89,6 +91,12 @@ class Log:
     def rows(self, part: int) -> np.ndarray:
         """The events of a split (`TRAIN`, `VALID` or `TEST`) whose answers may be reported, indices ascending."""
         return np.flatnonzero(self.split == part if self.asked is None else (self.split == part) & self.asked)
+
+    @property
+    def met(self) -> np.ndarray:
+        """Whether each event took place, (n,), bool: all but the negatives that were drawn."""
+        met: np.ndarray = self.label == 1 if self.drawn else np.ones(len(self), dtype=bool)
+        return met
 
     @property
     def liked(self) -> np.ndarray:
@@ -155,6 +163,7 @@ def split(interactions: Interactions, how: config.Split, seed: int, *, answered:
         liked_from=liked_from,
         users=interactions.users,
         asked=asked,
+        drawn=interactions.drawn,
     )
 
 

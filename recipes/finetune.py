@@ -540,6 +540,7 @@ def _write_card(folder: Path, repo_id: str | None = None) -> None:
 
 def _recommend(folder: Path, log: split.Log, recipe: config.Recipe) -> None:
     """The best items for one person, if possible one without training events, beside what that person liked."""
+    log = log.keep(log.met)
     count = np.bincount(log.user[log.split == split.TEST], minlength=len(log.user_ids))
     new = count.copy()
     new[log.user[log.split == split.TRAIN]] = 0

@@ -565,7 +565,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         "eval": draw(
             optional(
                 slices=distinct("cold_item", "cold_user", "popularity"),
-                baselines=distinct("item_mean", "bias", "popularity"),
+                **({} if records else {"baselines": distinct("item_mean", "bias", "popularity")}),
                 **({} if bare else {"base_model": st.booleans()}),
                 max_valid_rows=counts,
                 max_test_rows=counts,

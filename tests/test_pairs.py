@@ -126,6 +126,15 @@ def test_ratings_become_answers(recommender: Recommender) -> None:
         )
 
 
+def test_a_log_of_clicks_alone_is_for_adapters_that_read_likes(recommender: Recommender) -> None:
+    prompt = dataclasses.replace(recommender.artifact.prompt, history="liked")
+    about = dataclasses.replace(recommender.artifact, prompt=prompt)
+    clicks = Histories.read(LOG.drop("label"), about, FILMS, {})
+    assert [answer for _, answer in past(clicks, "a")] == [1, 1, 1, 1]
+    with pytest.raises(DataError, match=r"no column 'label' or 'rating' .*; set columns\.rating=clicked"):
+        Histories.read(LOG.rename({"label": "clicked"}), about, FILMS, {})  # it may hold answers
+
+
 def test_what_is_left_out_is_counted(recommender: Recommender) -> None:
     events = pl.concat((LOG, LOG[1:3], LOG[:1].with_columns(item_id=pl.lit(99, pl.Int64))))
     log = log_of(recommender, events)

@@ -223,6 +223,23 @@ def test_own_tables(tables: Path, tiny_llama_folder: Path, tmp_path: Path, split
     assert str(tiny_llama_folder) not in (tmp_path / "run/adapter/adapter_config.json").read_text()
 
 
+def test_clicks_alone(tables: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """Of a log without answers: drawn items are asked for and shown to nobody, at the end and in the adapter, too."""
+    log = pl.read_csv(tables / "ratings.csv").drop("stars")
+    log.write_csv(tmp_path / "opened.csv")
+    columns = "columns: {user_id: uid, item_id: movieId, timestamp: ts}, split: {valid: 0.2, test: 0.2}"
+    data = f"{{interactions: {tmp_path}/opened.csv, items: {tables}/films.csv, sampled_negatives: 1, {columns}}}"
+    path = own_recipe(tmp_path, tiny_llama_folder, tmp_path / "run", data=data, prompt="overlap: 64, history: liked")
+    finetune("--config", path, "--eval.baselines", "[item_mean, bias, mf, bpmf, popularity]")
+    found = check_folder(tmp_path / "run")
+    clicks = sum(facts["positives"] for facts in found.data["splits"].values())
+    assert clicks == log.height
+    assert 1.6 * clicks < found.data["rows"] <= 2 * clicks
+    shown = artifact.read(tmp_path / "run/adapter").prompt.example
+    assert shown.count(" yes") > 1
+    assert " no" not in shown
+
+
 def test_prompt_records(tables: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = f"{{records: {tables}/records.jsonl, split: {{kind: kfold, folds: 4, valid: 0.2}}}}"
     path = own_recipe(tables, tiny_llama_folder, tmp_path / "run", data=data, prompt="layout: pointwise")

@@ -31,6 +31,7 @@ ORDER = (
     "side_files",
     "datasets",
     "record_events",
+    "negatives",
     "interactions",
     "split",
     "prepared",

@@ -134,7 +134,7 @@ class Encoder:
         return self.questions_of(1, seed=0)[0]
 
     def questions_of(self, n: int, seed: int) -> list[Question]:
-        """`n` events of the log drawn by `seed`, each with the texts and answers of what is shown of the six before it."""
+        """`n` events of the log drawn by `seed`, each with texts and answers of what is shown of the six before it."""
         drawn = drawn_order(len(self.log), seed, "questions")[:n]
         return [(self._past(row), self.texts[int(self.log.item[row])]) for row in drawn.tolist()]
 

@@ -1,8 +1,8 @@
 """Negatives for logs of clicks alone: beside each event, items that were there and that its person did not take.
 
 Who clicked is recorded and who did not is not, so there is nothing to tell a click from. Negatives are drawn from what
-others had met by then, as often as they had: a popular item is a negative as often as it is a click, so popularity alone
-tells nothing (an item that nobody had met by then is never drawn, and no later event is looked at to weigh one).
+others had met by then, as often as they had. So a popular item is a negative as often as it is a click, and popularity
+alone tells nothing; what nobody had met by then is never drawn, and no later event is looked at to weigh an item.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROUNDS = 200
 
 
 def beside(events: pl.DataFrame, each: int, seed: int) -> tuple[pl.DataFrame, int]:
-    """The events with drawn ones in front of each, of the same person at the same time, and how many of these there are.
+    """The events with drawn ones in front of each, of its person at its time, and how many of these there are.
 
     Args:
         events: `user`, `item` and `timestamp`, and whatever else a drawn event shares with its own; all are clicks.

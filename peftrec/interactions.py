@@ -645,8 +645,8 @@ def _sample(
 def _with_negatives(events: pl.DataFrame, each: int, seed: int, where: str, warnings: list[str]) -> pl.DataFrame:
     if count := int((events["label"] == 0).sum()):
         raise DataError(
-            f"{where}: {count} rows have label 0; expected clicks alone beside data.sampled_negatives: leave it out and "
-            "learn from these, or leave these rows out"
+            f"{where}: {count} rows have label 0; expected clicks alone beside data.sampled_negatives: leave it out, "
+            "to learn from these, or leave these rows out"
         )
     found, drawn = negatives.beside(events, each, seed)
     warnings.append(f"{where}: {drawn} negatives drawn beside {events.height} clicks (data.sampled_negatives)")

@@ -14,10 +14,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from peftrec import config, values
+from peftrec.calibration import MOST_KNOTS
 from peftrec.errors import ModelError
 from peftrec.opponents import SavedPrior, prior_from_json
 from peftrec.prompts import ANSWER_MARK, LINE_END, Codec, Kind, WholeText, with_user
@@ -40,6 +42,14 @@ SideName = Annotated[
     str, Check("als, items_0, items_1 … or users", lambda name: bool(re.fullmatch(r"als|items_\d{1,2}|users", name)))
 ]
 Finite = Annotated[float, Check("a finite number", math.isfinite)]
+Point = Annotated[list[Finite], Check("two numbers", lambda point: len(point) == 2)]
+Curve = Annotated[
+    list[Point],
+    Check(
+        f"at most {MOST_KNOTS} points, each further up than the one before",
+        lambda points: len(points) <= MOST_KNOTS and all(a < c and b < d for (a, b), (c, d) in pairwise(points)),
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,8 @@ class Scoring:
     offset: list[Finite] = field(default_factory=lambda: [0.0, 0.0])
     slope: Finite = 1.0
     centre: Finite = 0.0
+    calibration: Curve = field(default_factory=list)
+    """Points of the curve through which scores go at the end, prior included; see `calibration.fit`."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +247,15 @@ def describe(
         data=Source(", ".join(public_name(part) for part in data_name.split(", ")), data_sha256),
         peftrec_version=version("peftrec"),
         task=recipe.task,
-        target=Scoring(target.head, target.loss, list(target.scale), list(target.offset), target.slope, target.centre),
+        target=Scoring(
+            target.head,
+            target.loss,
+            list(target.scale),
+            list(target.offset),
+            target.slope,
+            target.centre,
+            [list(point) for point in target.calibration],
+        ),
         like_at=like_at,
         side=list(side) or None,
         seed=recipe.seed,
@@ -245,6 +265,11 @@ def describe(
 
 def _asks_items(template: str | None) -> bool:
     return template is None or "item" in values.placeholders(template)
+
+
+def uncalibrated(artifact: Artifact) -> Artifact:
+    """The same adapter without its calibration, which fits its own scores alone, its prior in them."""
+    return dataclasses.replace(artifact, target=dataclasses.replace(artifact.target, calibration=[]))
 
 
 def public_name(name: str) -> str:

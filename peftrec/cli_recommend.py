@@ -42,9 +42,10 @@ def _validate(given: argparse.Namespace) -> None:
     from peftrec import config
 
     recipe = config.load_recipe(given.config, given.overrides)
-    from peftrec import interactions, opponents, values
+    from peftrec import calibration, interactions, opponents, values
 
     opponents.check(recipe)
+    calibration.check(recipe.score.calibration)
     interactions.check(recipe.data, values.placeholders(recipe.prompt.item), recipe.task, config.of_users(recipe))
     if recipe.adapter.method == "other":  # the names are PEFT's, whose import takes seconds
         from peftrec import methods
@@ -88,7 +89,8 @@ def _summary(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield "start", f"{recipe.start.adapter}{', below a new adapter' if recipe.start.stack else ''}"
         length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
         yield "train", f"{length}, learning rate {train.learning_rate:g} ({train.lr_scheduler_type})"
-    yield "score", "model alone" if recipe.score.prior == "none" else f"model + {recipe.score.prior}"
+    curve = "" if recipe.score.calibration == "none" else f", calibrated ({recipe.score.calibration})"
+    yield "score", f"{'model alone' if recipe.score.prior == 'none' else f'model + {recipe.score.prior}'}{curve}"
     if recipe.side.used:
         yield (
             "side",

@@ -218,6 +218,9 @@ def _task_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
     elif recipe.prompt.history == "liked" and recipe.data.like_at is None and recipe.data.name is None:
         text = "missing; prompt.history: liked needs to know which ratings are liked: set it to the lowest of them"
         yield "data.like_at", ("prompt.history", "data", "task"), text
+    if recipe.task == "rating" and recipe.score.calibration == "temperature":
+        text = "temperature; it is one of log-odds, and ratings have none; set it to isotonic or none"
+        yield "score.calibration", ("task",), text
     if recipe.task == "rating" and "lstm" in recipe.eval.baselines:
         yield "eval.baselines", ("task",), "lstm; it predicts clicks; set task: click, or leave it out"
     allowed = {"click": ("loss", "auc", "uauc"), "rating": ("loss", "rmse", "mae", "uauc")}[recipe.task]

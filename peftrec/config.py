@@ -281,6 +281,9 @@ class Score:
     prior: Literal["none", "bias", "mf", "bpmf"] = "none"
     """`bias`: the model learns what the closed-form user and item bias leaves over; `mf`: what matrix
     factorisation does; `bpmf`: what Bayesian matrix factorisation with side information does."""
+    calibration: Literal["none", "temperature", "isotonic"] = "none"
+    """A curve through which scores go at the end, fitted on the validation rows: one factor for the log-odds of clicks,
+    or any that rises."""
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,9 @@ class LoadedAdapter:
         """Log-odds of a like, or predicted ratings, of each question's candidates, (number of candidates,) each."""
         found = self._outputs(questions)
         return [
-            self.target.measure(outputs, self.prior_scores(one))[0] if len(outputs) else np.zeros(0)
+            self.target.calibrated(self.target.measure(outputs, self.prior_scores(one))[0])
+            if len(outputs)
+            else np.zeros(0)
             for one, outputs in zip(questions, found, strict=True)
         ]
 
@@ -231,7 +233,7 @@ class LoadedAdapter:
         ]
 
     def probe_scores(self) -> Floats:
-        """What is answered to the artifact's own probes, without the prior, (number of probes,)."""
+        """What is answered to the artifact's own probes, without prior and calibration, (number of probes,)."""
         questions = [_asked_again(probe) for probe in self.artifact.probes]
         questions += [self.question([], [one.record]) for one in self.artifact.record_probes]
         found = [self.target.measure(outputs)[0] for outputs in self._outputs(questions)]
@@ -350,7 +352,8 @@ def _check_k(k: int) -> None:
 def target_of(about: artifact.Artifact) -> Target:
     """What the outputs of a saved adapter mean."""
     how = about.target
-    return Target(about.task, how.head, how.loss, tuple(how.scale), tuple(how.offset), how.slope, how.centre)
+    knots = tuple((x, y) for x, y in how.calibration)
+    return Target(about.task, how.head, how.loss, tuple(how.scale), tuple(how.offset), how.slope, how.centre, knots)
 
 
 def _newest(lengths: Sequence[int], room: int) -> int:

@@ -168,7 +168,7 @@ def _rank(folder: Path) -> int:
 
 def _described(found: Sequence[artifact.Artifact], base: Backbone, model: object) -> artifact.Artifact:
     """The first one's `peftrec.json` with all data sets and the answers that the merged adapter gives."""
-    first = found[0]
+    first = artifact.uncalibrated(found[0])  # what the merged adapter says is not what that curve was fitted on
     names = ", ".join(dict.fromkeys(about.data.name for about in found))
     digest = hashlib.sha256("".join(about.data.sha256 for about in found).encode()).hexdigest()
     bare = dataclasses.replace(first, data=artifact.Source(names, digest), prior=None)

@@ -130,7 +130,7 @@ class Recommender:
             device: as in torch; None is the GPU if there is one.
             dtype: of the base weights, float32, bfloat16 or float16; None is that of the training, but float32 for
                 bfloat16 where the processor cannot compute in it.
-            prior: whether the saved prior is added to the model's score.
+            prior: whether the saved prior is added to the model's score; without it a calibration is left out, too.
             strict: refuse a base model with other weights than those of the training; else warn, and say how far the
                 adapter's recorded scores are from what it answers here.
             trust_remote_code: run Python code that comes with the base model; no file can say so, only the caller.
@@ -149,6 +149,7 @@ class Recommender:
         folder = loading.find(adapter, revision, token=token, endpoint=endpoint, cache_dir=cache_dir)
         about = artifacts.read(folder)
         saved_prior = artifacts.read_prior(folder, about) if prior else None
+        about = about if prior else artifacts.uncalibrated(about)
         sources = side_vectors.read(folder, about)
         table = loading.read_table(items, columns, about)
         base = loading.load_base(
@@ -293,13 +294,15 @@ class Recommender:
         differs = loading.difference_of_bases(about, self._base)
         if differs and strict:
             raise ModelError(f"{differs}; load it with a base model of its own, or with strict=False")
+        saved_prior = artifacts.read_prior(folder, about) if prior else None
+        about = about if prior else artifacts.uncalibrated(about)
         sources = side_vectors.read(folder, about)
         loaded = LoadedAdapter(
             about,
             loading.put_on(self._base, folder, about, sources),
             self._base.tokenizer,
             loading.read_table(items, columns, about),
-            artifacts.read_prior(folder, about) if prior else None,
+            saved_prior,
             sources,
         )
         if differs:

@@ -22,6 +22,8 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
+from peftrec.calibration import Knots, calibrated
+
 Floats = npt.NDArray[np.float64]
 
 _MOST_STEPS = 50
@@ -40,6 +42,7 @@ class Target:
         offset: added to the outputs, (number of outputs,).
         slope: of the prior.
         centre: the prior of an event of which nothing is known.
+        calibration: knots of the curve through which scores go at the end (`calibration.fit`); none leaves them.
     """
 
     task: Literal["click", "rating"] = "click"
@@ -49,6 +52,7 @@ class Target:
     offset: tuple[float, ...] = (0.0, 0.0)
     slope: float = 1.0
     centre: float = 0.0
+    calibration: Knots = ()
 
     @property
     def outputs(self) -> int:
@@ -93,6 +97,11 @@ class Target:
         if self.task == "rating":
             score = np.clip(score, self.scale[0], self.scale[-1])
         return score, self.answers(raw, added).numpy().astype(np.float64)
+
+    def calibrated(self, score: Floats) -> Floats:
+        """What scores as `measure` gives them, (n,), are taken for: within the scale for ratings."""
+        score = calibrated(score, self.calibration)
+        return np.clip(score, self.scale[0], self.scale[-1]) if self.task == "rating" else score
 
     def mean_loss(
         self, outputs: npt.NDArray[np.float32], prior: npt.ArrayLike | None, label: npt.NDArray[np.int8]

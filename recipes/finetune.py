@@ -30,6 +30,7 @@ from peftrec import (
     artifact,
     backbone,
     baselines,
+    calibration,
     card,
     config,
     earlier,
@@ -138,6 +139,8 @@ def main() -> None:
 
     # Learn from the training rows; score the validation and test rows that are reported.
     outcome = _learn_and_score(recipe, log, known, learner, other, folder, say, resume=arguments.resume)
+    if recipe.score.calibration != "none":
+        learner.target = _calibrated(recipe, log, known, learner.target, outcome)
     processes.gather(learner.model)
     processes.leave()
     if not state.is_main_process:
@@ -178,6 +181,7 @@ def _learner(recipe: config.Recipe, log: split.Log, known: opponents.Opponents, 
     beside = side_vectors.of_run(log, recipe) if recipe.side.used else None
     methods.check(recipe.adapter)
     backbone.check(recipe)
+    calibration.check(recipe.score.calibration)
     start = earlier.find(recipe)
     learned = log.split == split.TRAIN
     target = fit_target(
@@ -282,6 +286,18 @@ def _learn_and_score(
     return Outcome(fitted, alignment, rows, outputs, base_outputs, seconds)
 
 
+def _calibrated(
+    recipe: config.Recipe, log: split.Log, known: opponents.Opponents, target: Target, outcome: Outcome
+) -> Target:
+    """The target with the curve that fits the validation rows best."""
+    valid = log.split[outcome.rows] == split.VALID
+    rows = outcome.rows[valid]
+    score, _ = target.measure(outcome.outputs[valid], None if known.prior is None else known.prior[rows])
+    truth = log.label[rows] if log.rating is None or recipe.task == "click" else log.rating[rows]
+    assert recipe.score.calibration != "none"
+    return dataclasses.replace(target, calibration=calibration.fit(recipe.score.calibration, recipe.task, score, truth))
+
+
 def _attach(learner: Learner, recipe: config.Recipe, rows: int, say: Say) -> None:
     """Put the recipe's adapter on the model, from an earlier one where the recipe names one; `rows` is an epoch."""
     loaded, encoder = learner.loaded, learner.encoder
@@ -384,7 +400,7 @@ def _predictions(
         log,
         rows,
         task=recipe.task,
-        score=score,
+        score=target.calibrated(score),
         answer=answer if recipe.task == "rating" else None,
         score_no_prior=None if prior is None else target.measure(outcome.outputs)[0],
         prior=prior,

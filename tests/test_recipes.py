@@ -209,8 +209,10 @@ def test_own_tables(tables: Path, tiny_llama_folder: Path, tmp_path: Path, split
     people = f"users: {tables}/people.csv, " if "user_groups" in more else ""
     data = f"{{interactions: {tables}/ratings.csv, items: {tables}/films.csv, {people}{COLUMNS}, split: {split}}}"
     path = own_recipe(tables, tiny_llama_folder, tmp_path / "run", data=data, prompt=prompt, more=more)
-    finetune("--config", path)
+    curve = "isotonic" if "kfold" in split else "none"
+    finetune("--config", path, "--score.calibration", curve)
     found = check_folder(tmp_path / "run")
+    assert bool(artifact.read(tmp_path / "run/adapter").target.calibration) is (curve == "isotonic")
     assert found.data["rows"] == 480
     assert [name for name in found.slices if "=" in name] == (["job=baker", "job=cook"] if people else [])
     assert ("By job it serves the group" in (tmp_path / "run/adapter/README.md").read_text()) is bool(people)

@@ -57,6 +57,7 @@ ORDER = (
     "opponents",
     "retrieval",
     "side_als",
+    "calibration",
     "target",
     "artifact",
     "catalogue",

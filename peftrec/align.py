@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peftrec import align_losses, config, interactions
+from peftrec import align_losses, config, interactions, sources
 from peftrec.artifact import public_name
 from peftrec.augment import Augment
 from peftrec.encode import Encoder
@@ -75,10 +75,10 @@ def check(recipe: config.Recipe, shown: Sequence[str]) -> None:
         shown: columns of the items table that the prompt shows.
 
     Raises:
-        DataError: as `interactions.check`.
+        DataError: as `sources.check`.
     """
     with _under_its_name():
-        interactions.check(data_of(recipe), shown, None)
+        sources.check(data_of(recipe), shown, None)
 
 
 def unanswered(recipe: config.Recipe, source: Log) -> Other:

@@ -21,7 +21,7 @@ from peftrec.baselines import History, Known, Ties, items_known
 from peftrec.classical import optional
 
 if TYPE_CHECKING:
-    from peftrec.interactions import Task
+    from peftrec.sources import Task
     from peftrec.split import Log
 
 Floats = npt.NDArray[np.float64]

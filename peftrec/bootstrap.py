@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from peftrec.interactions import Task
 from peftrec.metrics import ClickRows, RatingRows
 from peftrec.ranking import Floats, Ints, codes, ratio
+from peftrec.sources import Task
 
 # Weights held at once while resampling: 32 MB of float64 for each temporary.
 _CHUNK_CELLS = 4_000_000

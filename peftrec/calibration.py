@@ -2,7 +2,6 @@
 
 Log-odds of clicks come out too bold or too shy where training stopped early or late, and a mean of ratings is drawn to
 the middle. The curve puts that right and leaves the order as it is, so AUC and the ranking stay.
-
 """
 
 from __future__ import annotations

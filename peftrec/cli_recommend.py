@@ -42,11 +42,11 @@ def _validate(given: argparse.Namespace) -> None:
     from peftrec import config
 
     recipe = config.load_recipe(given.config, given.overrides)
-    from peftrec import calibration, interactions, opponents, values
+    from peftrec import calibration, opponents, sources, values
 
     opponents.check(recipe)
     calibration.check(recipe.score.calibration)
-    interactions.check(recipe.data, values.placeholders(recipe.prompt.item), recipe.task, config.of_users(recipe))
+    sources.check(recipe.data, values.placeholders(recipe.prompt.item), recipe.task, config.of_users(recipe))
     if recipe.adapter.method == "other":  # the names are PEFT's, whose import takes seconds
         from peftrec import methods
 

@@ -17,10 +17,10 @@ from matplotlib.ticker import MaxNLocator
 from peftrec import score_figures
 from peftrec.bootstrap import Interval
 from peftrec.errors import PeftrecError
-from peftrec.interactions import Task
 from peftrec.looks import FLAT, look, shown, style
 from peftrec.metrics import HEADLINE, LOWER_IS_BETTER
 from peftrec.record import atomic
+from peftrec.sources import Task
 
 Loss = Literal["cross_entropy", "squared_error"]
 

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from peftrec.errors import DataError
-from peftrec.interactions import Task
 from peftrec.ranking import Bools, Floats, Ints, Ranking, checked, codes, labelled, ratio, user_auc, user_ndcg
+from peftrec.sources import Task
 
 if TYPE_CHECKING:
     from peftrec.split import Log

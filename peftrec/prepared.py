@@ -11,7 +11,8 @@ import polars as pl
 
 from peftrec import config, interactions, kept, split, tables
 from peftrec.datasets import DATASETS
-from peftrec.interactions import Interactions, Task
+from peftrec.interactions import Interactions
+from peftrec.sources import Task
 from peftrec.split import Log
 
 ARRAYS = ("user", "item", "timestamp", "label", "rating", "split", "asked")
@@ -27,6 +28,7 @@ MODULES = (
     "prepared",
     "prompts",
     "record_events",
+    "sources",
     "split",
     "tables",
     "timeline",

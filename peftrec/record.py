@@ -25,8 +25,9 @@ import numpy.typing as npt
 import polars as pl
 
 from peftrec.errors import DataError, PeftrecError
-from peftrec.interactions import Interactions, Task
+from peftrec.interactions import Interactions
 from peftrec.metrics import slices
+from peftrec.sources import Task
 from peftrec.split import SPLITS
 
 if TYPE_CHECKING:

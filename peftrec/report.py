@@ -21,11 +21,11 @@ from peftrec import config, record
 from peftrec.baselines import RANKING_ONLY
 from peftrec.bootstrap import Interval, bootstrap
 from peftrec.errors import DataError
-from peftrec.interactions import Task
 from peftrec.looks import FLAT, shown
 from peftrec.metrics import HEADLINE, LOWER_IS_BETTER, METRICS
 from peftrec.ranking import Bools
 from peftrec.schema import read_yaml
+from peftrec.sources import Task
 from peftrec.split import Log
 from peftrec.user_groups import LEAST_USERS, is_group, user_groups
 

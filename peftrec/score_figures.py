@@ -10,10 +10,10 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from peftrec.interactions import Task
 from peftrec.looks import FLAT, look, shown
 from peftrec.metrics import ECE_BINS, bins, chances, nearest
 from peftrec.ranking import auc
+from peftrec.sources import Task
 
 Array = npt.NDArray[Any]
 

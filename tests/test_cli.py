@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from peftrec import cli, cli_recommend, interactions, recommender
+from peftrec import cli, cli_recommend, recommender, sources
 from peftrec.config import Data
 from peftrec.errors import DataError
 
@@ -92,11 +92,11 @@ def test_validate_looks_at_the_files(capsys: Capture, tables: Path) -> None:
 def test_data_is_checked(tables: Path, data: Data, message: str) -> None:
     placed = {name: value.format(tables) if isinstance(value, str) else value for name, value in vars(data).items()}
     with pytest.raises(DataError, match=message):
-        interactions.check(Data(**placed))
+        sources.check(Data(**placed))
 
 
 def test_a_hub_data_set_is_not_fetched() -> None:
-    interactions.check(Data(interactions="someone/something"))
+    sources.check(Data(interactions="someone/something"))
 
 
 def test_datasets(capsys: Capture) -> None:

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 from conftest import build_log, random_log
 
-from peftrec import config, few_shot, interactions, split
+from peftrec import config, few_shot, interactions, sources, split
 from peftrec.baselines import Shrinkage, fit_prior
 from peftrec.bootstrap import bootstrap, over_seeds
 from peftrec.errors import DataError
@@ -34,7 +34,7 @@ def load(folder: Path, where: dict[str, list[str]], *, check: bool = True) -> in
         split=config.Split(kind="kfold"),
     )
     if check:
-        interactions.check(data)
+        sources.check(data)
     return interactions.load(data, 13)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from peftrec import interactions
+from peftrec import interactions, sources
 from peftrec.config import Data, Split, parse_recipe
 from peftrec.datasets import DATASETS
 from peftrec.datasets.files import matching
@@ -311,7 +311,7 @@ def test_mistakes_show_before_anything_is_read(data: Data, task: Any, said: str,
         **{key: value.format(tmp_path) if key == "folder" and value else value for key, value in vars(data).items()}
     )
     with pytest.raises(DataError) as caught:
-        interactions.check(placed, task=task)
+        sources.check(placed, task=task)
     assert any(said in line for line in str(caught.value).splitlines()), str(caught.value)
     with pytest.raises(DataError):
         interactions.load(placed, 13, task)

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from peftrec import config, interactions, negatives, prepared, retrieval
+from peftrec import config, interactions, negatives, prepared, retrieval, sources
 from peftrec.errors import ConfigError, DataError
 from peftrec.split import TEST, TRAIN, Log, split
 from peftrec.timeline import evaluation_sight, training_sight
@@ -94,7 +94,7 @@ def log_of(recipe: config.Recipe) -> Log:
 
 def test_a_table_of_clicks_alone(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
-    interactions.check(recipe.data)
+    sources.check(recipe.data)
     source = interactions.load(recipe.data, recipe.seed)
     (warning,) = source.warnings
     drawn = int((source.events["label"] == 0).sum())

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from peftrec import config, interactions, opponents, retrieval
+from peftrec import config, interactions, opponents, retrieval, sources
 from peftrec.errors import ConfigError, DataError
 from peftrec.record_events import events_of
 from peftrec.split import TEST, TRAIN, VALID, Log, split
@@ -196,9 +196,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, values: dict[str, Any], ex
 def test_a_record_without_the_words_is_seen_before_all_are_read(tmp_path: Path) -> None:
     marks = {**MARKS, "target": "Will they like"}
     recipe = recipe_of(tmp_path, FILES)
-    interactions.check(recipe.data)
+    sources.check(recipe.data)
     with pytest.raises(DataError, match=r"train\.json: input of record 1: no title behind 'Will they like'"):
-        interactions.check(dataclasses.replace(recipe.data, record_marks=marks))
+        sources.check(dataclasses.replace(recipe.data, record_marks=marks))
 
 
 def test_one_file_is_cut_by_whole_records(tmp_path: Path) -> None:

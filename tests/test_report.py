@@ -12,9 +12,9 @@ import pytest
 
 from peftrec import config, record, report
 from peftrec.errors import ConfigError, DataError
-from peftrec.interactions import Task
 from peftrec.metrics import click_metrics
 from peftrec.report import Comparison
+from peftrec.sources import Task
 from peftrec.split import Log
 
 RECIPE = config.parse_recipe({"data": {"name": "ml-100k"}, "output_dir": "run"}, "test")

@@ -32,6 +32,7 @@ ORDER = (
     "datasets",
     "record_events",
     "negatives",
+    "sources",
     "interactions",
     "split",
     "prepared",

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import torch
 
-from peftrec import adapters, artifact, backbone, config, encode, interactions, scorer
+from peftrec import adapters, artifact, backbone, config, encode, interactions, scorer, sources
 from peftrec.datasets import DATASETS
 from peftrec.errors import ConfigError, DataError
 from peftrec.prompts import user_texts, with_user
@@ -73,9 +73,9 @@ class TestTable:
         self.load(tmp_path, pl.DataFrame({"user_id": [7], "age": [20]}))
         data = config.Data(interactions=str(tmp_path / "events.csv"), items=str(tmp_path / "items.csv"))
         data = dataclasses.replace(data, users=str(tmp_path / "users.csv"))
-        interactions.check(data, ["title"], "click", {"age": "prompt.user"})
+        sources.check(data, ["title"], "click", {"age": "prompt.user"})
         with pytest.raises(DataError, match=r"prompt.user: no column 'agee' in .*users.csv .*; did you mean {age}"):
-            interactions.check(data, ["title"], "click", {"agee": "prompt.user"})
+            sources.check(data, ["title"], "click", {"agee": "prompt.user"})
 
     def test_of_movielens(self) -> None:
         found = interactions.load(config.Data(name="ml-100k"), 13, with_users={"age": "prompt.user"})
@@ -193,5 +193,5 @@ def test_a_data_set_that_tells_nothing_of_its_users(monkeypatch: pytest.MonkeyPa
     with pytest.raises(
         DataError, match=r"data\.name: ml-100k tells nothing of its users; leave prompt\.user and eval\.user_groups out"
     ):
-        interactions.check(config.Data(name="ml-100k"), of_users={"age": "prompt.user"})
-    interactions.check(config.Data(name="ml-100k"))
+        sources.check(config.Data(name="ml-100k"), of_users={"age": "prompt.user"})
+    sources.check(config.Data(name="ml-100k"))

@@ -324,8 +324,69 @@ def fit(
     # The checkpoints are removed when the run has ended; what a tracker writes to files stays.
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "logs"))
     steps = total_steps(train, len(train_data))
+    trainer = WindowTrainer(
+        model=model,
+        args=_arguments(train, steps, folder, seed),
+        train_dataset=train_data,
+        eval_dataset=valid_data,
+        target=target,
+        to_metrics=to_metrics,
+        fgm_epsilon=train.fgm_epsilon,
+        pairwise=train.pairwise,
+        alignment=alignment,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress())
+    trainer.add_callback(Clock())
+    if adalora.is_adaptive(model):
+        trainer.add_callback(adalora.RankSchedule())
+    if train.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(train.early_stopping_patience))
+    newest = _newest_checkpoint(folder) if resume else None
+    if newest and processes.kind(newest) != trainer.kind:
+        raise PeftrecError(
+            f"{newest}: written by {processes.kind(newest)} training, this is {trainer.kind}; each has an optimizer's "
+            "state of its own kind; resume with the accelerate settings that it began with, or add --overwrite"
+        )
+    averaged = train.average_checkpoints > 1
+    with nullcontext() if alignment is None else alignment.attached(model):
+        _run(trainer, newest, steps, folder)
+        if averaged:
+            adapters.average_checkpoints(trainer.accelerator.unwrap_model(trainer.model), _last(folder, train))
+    (seconds,) = (c.seconds for c in trainer.callback_handler.callbacks if isinstance(c, Clock))
+    passes = trainer.state.global_step / max(1, steps_per_epoch(train, len(train_data)))
+    return Fitted(
+        seconds=seconds,
+        events=round(train_data.events * passes),
+        tokens=round(train_data.tokens * passes),
+        steps=trainer.state.global_step,
+        best_step=None if averaged else trainer.state.best_global_step,
+        log=[line for line in trainer.state.log_history if "train_runtime" not in line],  # Trainer's own summary
+    )
+
+
+def _run(trainer: WindowTrainer, newest: Path | None, steps: int, folder: Path) -> None:
+    """Take the steps that are left behind the newest checkpoint."""
+    try:
+        if newest and _ended(newest, steps):
+            trainer.restore(newest)
+        else:
+            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # Each library has its own exception for a write that failed; what they have in common is the disk.
+        if shutil.disk_usage(folder).free > LEAST_FREE:
+            raise
+        raise PeftrecError(
+            f"{folder}: the disk is full, a checkpoint could not be written; free some space and repeat the command "
+            "with --resume"
+        ) from error
+
+
+def _arguments(train: config.Train, steps: int, folder: Path, seed: int) -> TrainingArguments:
+    """The recipe's section in Trainer's words, with what follows from the machine and the number of steps."""
     every = math.ceil(steps / (train.evals or 4))  # Trainer adds a pass at the end where none falls there
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=train.num_train_epochs,
         max_steps=train.max_steps,
@@ -357,58 +418,6 @@ def fit(
         bf16=os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",  # DeepSpeed wants both to say the same
         ddp_find_unused_parameters=False,  # an adapter has none
         ddp_broadcast_buffers=False,  # nothing writes to them
-    )
-    trainer = WindowTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train_data,
-        eval_dataset=valid_data,
-        target=target,
-        to_metrics=to_metrics,
-        fgm_epsilon=train.fgm_epsilon,
-        pairwise=train.pairwise,
-        alignment=alignment,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress())
-    trainer.add_callback(Clock())
-    if adalora.is_adaptive(model):
-        trainer.add_callback(adalora.RankSchedule())
-    if train.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(train.early_stopping_patience))
-    newest = _newest_checkpoint(folder) if resume else None
-    if newest and processes.kind(newest) != trainer.kind:
-        raise PeftrecError(
-            f"{newest}: written by {processes.kind(newest)} training, this is {trainer.kind}; each has an optimizer's "
-            "state of its own kind; resume with the accelerate settings that it began with, or add --overwrite"
-        )
-    averaged = train.average_checkpoints > 1
-    with nullcontext() if alignment is None else alignment.attached(model):
-        try:
-            if newest and _ended(newest, steps):
-                trainer.restore(newest)
-            else:
-                trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            # Each library has its own exception for a write that failed; what they have in common is the disk.
-            if shutil.disk_usage(folder).free > LEAST_FREE:
-                raise
-            raise PeftrecError(
-                f"{folder}: the disk is full, a checkpoint could not be written; free some space and repeat the "
-                "command with --resume"
-            ) from error
-        if averaged:
-            adapters.average_checkpoints(trainer.accelerator.unwrap_model(trainer.model), _last(folder, train))
-    (seconds,) = (c.seconds for c in trainer.callback_handler.callbacks if isinstance(c, Clock))
-    passes = trainer.state.global_step / max(1, steps_per_epoch(train, len(train_data)))
-    return Fitted(
-        seconds=seconds,
-        events=round(train_data.events * passes),
-        tokens=round(train_data.tokens * passes),
-        steps=trainer.state.global_step,
-        best_step=None if averaged else trainer.state.best_global_step,
-        log=[line for line in trainer.state.log_history if "train_runtime" not in line],  # Trainer's own summary
     )
 
 

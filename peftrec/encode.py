@@ -28,17 +28,9 @@ from peftrec.prompts import (
     with_user,
 )
 from peftrec.side_vectors import MarkedWindows, OfRun
+from peftrec.sight import Sight, evaluation_sight, training_sight
 from peftrec.split import Log
-from peftrec.timeline import (
-    PromptWindows,
-    Sight,
-    TextWindows,
-    TimelineWindows,
-    WindowDataset,
-    Wordings,
-    evaluation_sight,
-    training_sight,
-)
+from peftrec.timeline import PromptWindows, TextWindows, TimelineWindows, WindowDataset, Wordings
 
 Question = tuple[list[tuple[str, int]], str]  # history as texts and answers, and the candidate's text
 RECORD_TEMPLATE = "{instruction}" + LINE_END + "{input}" + LINE_END + "Answer" + ANSWER_MARK

@@ -210,7 +210,7 @@ class EveryPosition(nn.Module):
 class OnePromptEach(nn.Module):
     """Mixed into a model whose tokens see those behind them: it gets each prompt of a row as a row of its own, padded.
 
-    Rows hold prompts of similar length (`timeline.alike`), so that little is padding; and attention among the prompts
+    Rows hold prompts of similar length (`packing.alike`), so that little is padding; and attention among the prompts
     of a packed row, computed and then masked, costs more than that.
     """
 

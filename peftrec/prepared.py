@@ -31,6 +31,8 @@ MODULES = (
     "sources",
     "split",
     "tables",
+    "sight",
+    "packing",
     "timeline",
     "datasets/*",
 )

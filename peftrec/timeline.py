@@ -1,9 +1,5 @@
 """Tables -> windows of tokens with read positions and labels.
 
-One rule of sight: **an event sees the events strictly earlier in time, and itself.** Within a window that is the
-causal mask minus the events that share its timestamp. A candidate is an event whose time is *now* and that no other
-event sees. Training, streaming evaluation, frozen evaluation and ranking differ only in the `Sight` that they build.
-
     Log ── training_sight / evaluation_sight ──> Sight   which events are read, which are seen, in which order
     Sight ── cut ──> windows                              ranges of events that fit in max_tokens
     windows ── pack ──> rows                              several users' windows in one row: no padding
@@ -16,235 +12,21 @@ the row is asked for.
 from __future__ import annotations
 
 import copy
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from peftrec.augment import Augment
-from peftrec.errors import DataError
-from peftrec.interactions import drawn_order
+from peftrec.packing import alike, cut, pack, running
 from peftrec.prompts import Codec, Pieces, WholeText
+from peftrec.sight import Sight
 
 if TYPE_CHECKING:
     from peftrec.split import Log
 
 NO_LABEL = -100  # what transformers.Trainer does not count
-NOW = np.iinfo(np.int64).max
 LEAST_ROOM = 512  # tokens of a row of whole texts at least: a computer is idle with less
-
-
-@dataclass(frozen=True)
-class Sight:
-    """Events in reading order, (m,) each: users one after another, within a user by time.
-
-    Attributes:
-        row: index into the Log.
-        user: user code; windows never cross it.
-        time: what orders sight: an event sees those of a smaller time.
-        visible: whether later events may see it.
-        read: whether its answer is asked.
-    """
-
-    row: np.ndarray
-    user: np.ndarray
-    time: np.ndarray
-    visible: np.ndarray
-    read: np.ndarray
-
-    def keep(self, mask: np.ndarray) -> Sight:
-        """The same events where `mask` (m,) is true."""
-        return Sight(self.row[mask], self.user[mask], self.time[mask], self.visible[mask], self.read[mask])
-
-
-def training_sight(
-    log: Log, *, liked_only: bool = False, ordered_ties: bool = False, shuffle: int | None = None
-) -> Sight:
-    """Every training event is read once and sees the user's earlier training events.
-
-    Args:
-        log: the events.
-        liked_only: whether only liked events are seen.
-        ordered_ties: whether events of one timestamp see those before them in row order.
-        shuffle: seed of a random order of each user's events, which then takes the place of time; None keeps time.
-    """
-    row = np.flatnonzero(log.split == 0)
-    return _sight(log, row, _visible(log, row, liked_only), np.ones(len(row), dtype=bool), ordered_ties, shuffle)
-
-
-def evaluation_sight(
-    log: Log,
-    rows: np.ndarray,
-    *,
-    streaming: bool,
-    liked_only: bool = False,
-    ordered_ties: bool = False,
-    shuffle: int | None = None,
-) -> Sight:
-    """The events `rows` (indices into the log) are read.
-
-    Under `streaming` each sees every earlier event of its user, of whichever split; otherwise it sees all *training*
-    events of its user, in the order of time or of `shuffle`, and stands after them as a candidate.
-    """
-    read = np.zeros(len(log.user), dtype=bool)
-    read[rows] = True
-    if streaming:
-        keep = np.arange(len(log.user)) <= _last_read(log.user, read)
-        row = np.flatnonzero(keep)
-        return _sight(log, row, _visible(log, row, liked_only), read[row], ordered_ties)
-    seen = (log.split == 0) & ~read
-    row = np.flatnonzero((seen & np.isin(log.user, log.user[rows])) | read)
-    row = row[np.lexsort((row, read[row], log.user[row]))]
-    sight = _sight(log, row, ~read[row] & _visible(log, row, liked_only), read[row], ordered_ties, shuffle)
-    return Sight(sight.row, sight.user, np.where(sight.read, NOW, sight.time), sight.visible, sight.read)
-
-
-def _visible(log: Log, row: np.ndarray, liked_only: bool) -> np.ndarray:
-    if not liked_only:
-        return np.ones(len(row), dtype=bool)
-    visible: np.ndarray = log.liked[row]
-    return visible
-
-
-def _sight(
-    log: Log, row: np.ndarray, visible: np.ndarray, read: np.ndarray, ordered_ties: bool, shuffle: int | None = None
-) -> Sight:
-    if shuffle is not None:
-        # Each event has its place once and for all, whichever others are asked for; candidates stay behind.
-        place = np.argsort(drawn_order(len(log), shuffle, "order of events"))[row]
-        order = np.lexsort((place, read & ~visible, log.user[row]))
-        row, visible, read = row[order], visible[order], read[order]
-    time = np.arange(len(row), dtype=np.int64) if ordered_ties or shuffle is not None else log.timestamp[row]
-    sight = Sight(row, log.user[row], time, visible, read)
-    of_use = sight.visible | sight.read
-    return sight if of_use.all() else sight.keep(of_use)
-
-
-def _last_read(user: np.ndarray, read: np.ndarray) -> np.ndarray:
-    """For each row the index of its user's last read row, or -1, (n,)."""
-    last = np.full(int(user.max()) + 1 if len(user) else 0, -1, dtype=np.int64)
-    index = np.flatnonzero(read)
-    last[user[index]] = index  # rows are in order, so the last assignment of a user stays
-    of_row: np.ndarray = last[user]
-    return of_row
-
-
-def cut(
-    sight: Sight, lengths: np.ndarray, *, max_tokens: int, header: int, overlap: int, fill: bool, single: bool = False
-) -> np.ndarray:
-    """Cut each user's events into windows that fit; every read event is in exactly one.
-
-    A window is `context` events (visible, not read again) and then events of its own.
-
-    Args:
-        sight: m events.
-        lengths: tokens of each event, (m,).
-        max_tokens: tokens of a window at most, its header included.
-        header: tokens of the header.
-        overlap: tokens of earlier events that a window repeats as context at most.
-        fill: let the context grow into the room that the window's own events leave.
-        single: one read event a window (the pointwise layout); its context holds strictly earlier events only.
-
-    Returns:
-        Windows (w, 5): half-open range of the Sight's *visible* events that are context, half-open range of its events,
-        tokens with the header.
-
-    Raises:
-        DataError: one event alone is longer than a window.
-    """
-    room = max_tokens - header
-    if len(lengths) and int(lengths.max()) > room:
-        raise DataError(
-            f"prompt.max_tokens: an event takes {int(lengths.max())} tokens, a window has room for {room} behind its "
-            "header; raise prompt.max_tokens or shorten prompt.item"
-        )
-    overlap = min(overlap, room - int(lengths.max())) if len(lengths) else overlap
-    ends = _running(lengths)
-    seen_ends = _running(lengths[sight.visible])
-    seen_before = _running(sight.visible)  # visible events in front of each event
-    reads = np.flatnonzero(sight.read)
-    moments = np.flatnonzero((np.diff(sight.user, prepend=-1) != 0) | (np.diff(sight.time, prepend=0) != 0))
-    first_of_user = np.flatnonzero(np.diff(sight.user, prepend=-1))
-    user_of_read = np.searchsorted(first_of_user, reads, side="right") - 1
-    windows = array("q")
-    at = 0
-    while at < len(reads):
-        start = int(reads[at])
-        user_start = int(first_of_user[user_of_read[at]])
-        last = at if single else int(np.searchsorted(user_of_read, user_of_read[at], side="right")) - 1
-        # What shares the moment of a lone read event is hidden from it: it would only take room.
-        moment_start = int(moments[np.searchsorted(moments, start, side="right") - 1])
-        seen_to = int(seen_before[moment_start if single else start])
-        seen_from = max(
-            int(seen_before[user_start]), int(np.searchsorted(seen_ends, seen_ends[seen_to] - overlap, side="left"))
-        )
-        used = int(seen_ends[seen_to] - seen_ends[seen_from])
-        fits = int(np.searchsorted(ends, ends[start] + room - used, side="right")) - 1
-        following = int(np.searchsorted(reads, min(fits, int(reads[last]) + 1), side="left"))
-        stop = int(reads[following - 1]) + 1  # nothing behind the last read event is of use
-        own = int(ends[stop] - ends[start])
-        if fill:
-            seen_from = max(
-                int(seen_before[user_start]),
-                int(np.searchsorted(seen_ends, seen_ends[seen_to] - (room - own), side="left")),
-            )
-            used = int(seen_ends[seen_to] - seen_ends[seen_from])
-        windows.extend((seen_from, seen_to, start, stop, header + used + own))
-        at = following
-    return np.asarray(windows, dtype=np.int64).reshape(-1, 5)
-
-
-def _running(values: np.ndarray) -> np.ndarray:
-    """Sums of the first 0, 1, … values, (n + 1,)."""
-    sums = np.zeros(len(values) + 1, dtype=np.int64)
-    np.cumsum(values, out=sums[1:])
-    return sums
-
-
-def pack(lengths: Sequence[int], max_tokens: int) -> Pieces:
-    """Indices of windows put together into rows of at most `max_tokens`: best fit, the longest first."""
-    size = np.asarray(lengths, dtype=np.int64)
-    order = np.argsort(-size, kind="stable")
-    least = int(size.min(initial=max_tokens))
-    row_of = np.empty(len(size), dtype=np.int64)
-    rows = 0
-    # Rows by the tokens that they have left, and which of these lists are not empty, as bits of one number: a sorted
-    # list of rows would be moved at each step.
-    free: list[list[int]] = [[] for _ in range(max_tokens)]
-    some = 0
-    for index, need in zip(order.tolist(), size[order].tolist(), strict=True):
-        fitting = some >> need
-        if fitting:
-            left = need + (fitting & -fitting).bit_length() - 1
-            row = heappop(free[left])
-            if not free[left]:
-                some ^= 1 << left
-        else:
-            left, row, rows = max_tokens, rows, rows + 1
-        row_of[index] = row
-        if left - need >= least:
-            heappush(free[left - need], row)
-            some |= 1 << (left - need)
-    flat = order[np.argsort(row_of[order], kind="stable")]
-    return Pieces(flat, _running(np.bincount(row_of, minlength=rows)))
-
-
-def alike(lengths: Sequence[int], max_tokens: int) -> Pieces:
-    """Indices of prompts put together into rows whose prompts, padded to the longest, take at most `max_tokens`."""
-    size = np.asarray(lengths, dtype=np.int64)
-    order = np.argsort(-size, kind="stable")
-    start = [0]
-    longest = 0  # the first one of a row is its longest
-    for place, length in enumerate(size[order].tolist()):
-        if place == start[-1]:
-            longest = length
-        elif (place - start[-1] + 1) * longest > max_tokens:
-            start.append(place)
-            longest = length
-    return Pieces(order, np.asarray([*start, len(size)] if len(size) else start, dtype=np.int64))
 
 
 class TimelineWindows:
@@ -294,7 +76,7 @@ class TimelineWindows:
         if max_history is not None:
             first, last = self.spans[:, 0], self.spans[:, 1]
             shown = np.maximum(first, last - max_history)
-            ends = _running(lengths[self._seen])
+            ends = running(lengths[self._seen])
             self.spans[:, 4] -= ends[shown] - ends[first]
             self.spans[:, 0] = shown
 

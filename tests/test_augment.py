@@ -14,8 +14,9 @@ from peftrec.augment import Augment
 from peftrec.config import Prompt, Recipe, parse_recipe
 from peftrec.errors import ConfigError
 from peftrec.side_vectors import BITS, MarkedWindows
+from peftrec.sight import training_sight
 from peftrec.split import Log
-from peftrec.timeline import TimelineWindows, WindowDataset, Wordings, training_sight
+from peftrec.timeline import TimelineWindows, WindowDataset, Wordings
 
 OTHER = "Films of one viewer:"
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftrec.dealer import StepSampler, deal
-from peftrec.timeline import pack
+from peftrec.packing import pack
 
 COSTS = st.lists(st.integers(1, 1000), max_size=40)
 

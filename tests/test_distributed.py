@@ -29,9 +29,10 @@ from peftrec import adapters, align, backbone, config, processes, prompts, score
 from peftrec import train as training
 from peftrec.errors import ConfigError, PeftrecError
 from peftrec.side_vectors import MarkedWindows
+from peftrec.sight import evaluation_sight, training_sight
 from peftrec.split import Log
 from peftrec.target import Target
-from peftrec.timeline import TimelineWindows, WindowDataset, evaluation_sight, training_sight
+from peftrec.timeline import TimelineWindows, WindowDataset
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ROOT / "recipes" / "accelerate"

@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 from peftrec import Recommender, adapters, artifact, backbone, config, encode, heads, record, reload, scorer
 from peftrec import train as training
 from peftrec.errors import ConfigError, DataError, ModelError
+from peftrec.packing import alike
 from peftrec.prompts import PAIR, WholeText
 from peftrec.split import Log
 from peftrec.target import Target
-from peftrec.timeline import LEAST_ROOM, TextWindows, alike, collate
+from peftrec.timeline import LEAST_ROOM, TextWindows, collate
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["heat", "toy", "story", "up", "doc", "film", "person", "rated", "oldest", "first", "whether", "they", "liked"]

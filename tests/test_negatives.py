@@ -12,8 +12,8 @@ import pytest
 
 from peftrec import config, interactions, negatives, prepared, retrieval, sources
 from peftrec.errors import ConfigError, DataError
+from peftrec.sight import evaluation_sight, training_sight
 from peftrec.split import TEST, TRAIN, Log, split
-from peftrec.timeline import evaluation_sight, training_sight
 
 EACH, CLICKS = 3, 305
 

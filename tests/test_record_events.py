@@ -14,8 +14,8 @@ import pytest
 from peftrec import config, interactions, opponents, retrieval, sources
 from peftrec.errors import ConfigError, DataError
 from peftrec.record_events import events_of
+from peftrec.sight import evaluation_sight, training_sight
 from peftrec.split import TEST, TRAIN, VALID, Log, split
-from peftrec.timeline import evaluation_sight, training_sight
 
 MARKS = config.Data().record_marks
 

@@ -16,16 +16,10 @@ from hypothesis import strategies as st
 from peftrec import scorer
 from peftrec.errors import ModelError
 from peftrec.prompts import Pieces
+from peftrec.sight import Sight, evaluation_sight, training_sight
 from peftrec.split import Log
 from peftrec.target import Target
-from peftrec.timeline import (
-    Sight,
-    TimelineWindows,
-    WindowDataset,
-    collate,
-    evaluation_sight,
-    training_sight,
-)
+from peftrec.timeline import TimelineWindows, WindowDataset, collate
 
 WAYS = ["train", "streaming", "frozen"]
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

@@ -63,6 +63,8 @@ ORDER = (
     "artifact",
     "catalogue",
     "augment",
+    "sight",
+    "packing",
     "timeline",
     "side_vectors",
     "encode",

@@ -11,20 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftrec.errors import DataError
+from peftrec.packing import cut, pack
+from peftrec.sight import NOW, Sight, evaluation_sight, training_sight
 from peftrec.split import Log
-from peftrec.timeline import (
-    NO_LABEL,
-    NOW,
-    PromptWindows,
-    Sight,
-    TimelineWindows,
-    WindowDataset,
-    collate,
-    cut,
-    evaluation_sight,
-    pack,
-    training_sight,
-)
+from peftrec.timeline import NO_LABEL, PromptWindows, TimelineWindows, WindowDataset, collate
 
 WAYS = st.sampled_from(["train", "streaming", "frozen"])
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from peftrec import adapters, config, scorer
 from peftrec import train as training
 from peftrec.augment import Augment
+from peftrec.sight import evaluation_sight, training_sight
 from peftrec.split import Log
 from peftrec.target import Target
-from peftrec.timeline import TimelineWindows, WindowDataset, collate, evaluation_sight, training_sight
+from peftrec.timeline import TimelineWindows, WindowDataset, collate
 
 TRAIN = config.Train(
     max_steps=4,

@@ -13,9 +13,10 @@ import torch
 
 from peftrec import adapters, backbone, config, scorer, virtual_tokens
 from peftrec.prompts import Pieces
+from peftrec.sight import evaluation_sight
 from peftrec.split import Log
 from peftrec.target import Target
-from peftrec.timeline import TimelineWindows, WindowDataset, collate, evaluation_sight
+from peftrec.timeline import TimelineWindows, WindowDataset, collate
 
 COUNT = 5
 METHODS = {

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peftrec import adapters, config, fused, scorer
 from peftrec import train as training
 from peftrec.recommender import Recommender
+from peftrec.sight import training_sight
 from peftrec.split import Log
 from peftrec.target import Target
-from peftrec.timeline import TimelineWindows, WindowDataset, training_sight
+from peftrec.timeline import TimelineWindows, WindowDataset
 
 VOCABULARY = 320  # of the tiny models; nothing else in these tests has this size
 

@@ -8,6 +8,8 @@ A baseline knows exactly what the model knows about a row:
   validation and test events strictly earlier in time;
 * a validation or test row, `history` "frozen": all training events, of its user and of items.
 
+Drawn negatives (`data.sampled_negatives`) are known of items, not of users: whoever asks later has clicks alone.
+
 That makes the bias of a training row honest enough to be the prior on which the model learns the residual. Everything
 is sums over sorted groups: no loop goes over rows.
 """
@@ -282,7 +284,7 @@ class _Effects:
         # A log is sorted by user, then time: a row's place tells the events of one second apart.
         user_time = log.timestamp if ties == "isolate" else np.arange(len(log.user))
         self._users = Known(log.user, user_time, train, "past" if history == "streaming" else "training")
-        self._train, self._held = train, ~train
+        self._train, self._held, self._met = train, ~train, log.met
         self._settled_likes, self._settled_events = _item_totals(log, train & has_item)
         self._settled_mean = _smoothed(log.label[train].sum(dtype=np.float64), int(train.sum()))
 
@@ -296,9 +298,9 @@ class _Effects:
         Chances are those of the event's own moment; validation and test rows look at training events with all that
         training tells about their items, as a saved prior does.
         """
-        chance = self.item_chance(item_shrinkage, self._train)
-        gap = self._users.of_training(self._log.label[self._train] - chance)
-        variance = self._users.of_training(chance * (1 - chance))
+        chance, met = self.item_chance(item_shrinkage, self._train), self._met[self._train]
+        gap = self._users.of_training(met * (self._log.label[self._train] - chance))
+        variance = self._users.of_training(met * chance * (1 - chance))
         held_gap, held_variance = self._held_user_sums(item_shrinkage)
         return self._users.join(gap, held_gap), self._users.join(variance, held_variance)
 
@@ -307,8 +309,11 @@ class _Effects:
         of_items = _shrunk(self._settled_likes, self._settled_events, self._settled_mean, item_shrinkage)
         # The mean stands last, where the item code -1 of a row without item finds it.
         settled = np.append(of_items, self._settled_mean)[log.item[self._train]]
-        gap = self._users.of_held(log.label[self._held] - chance, log.label[self._train] - settled)
-        return gap, self._users.of_held(chance * (1 - chance), settled * (1 - settled))
+        met, met_before = self._met[self._held], self._met[self._train]
+        gap = self._users.of_held(
+            met * (log.label[self._held] - chance), met_before * (log.label[self._train] - settled)
+        )
+        return gap, self._users.of_held(met * chance * (1 - chance), met_before * settled * (1 - settled))
 
     def best_shrinkage(self) -> Shrinkage:
         """The grid's lowest log loss on validation rows."""

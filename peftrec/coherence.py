@@ -131,10 +131,10 @@ def conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
     if recipe.data.sampled_negatives and recipe.prompt.history == "all":
         text = "all; nobody met what is drawn (data.sampled_negatives), so no history may show it; set it to liked"
         yield "prompt.history", ("data.sampled_negatives",), text
-    if recipe.data.sampled_negatives and recipe.score.prior != "none":
+    if recipe.data.sampled_negatives and recipe.score.prior == "bpmf":
         text = (
-            f"{recipe.score.prior}; it would count what is drawn (data.sampled_negatives) as answers of a person, and "
-            "of whoever asks later there are clicks alone; set it to none"
+            "bpmf; it counts what is drawn (data.sampled_negatives) as answers of a person, and of whoever asks later "
+            "there are clicks alone; set it to mf, bias or none"
         )
         yield "score.prior", ("data.sampled_negatives",), text
     if recipe.data.sampled_negatives and recipe.align.used:

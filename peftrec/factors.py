@@ -118,29 +118,21 @@ def leave_one_out(design: Floats, value: Floats, penalty: Floats) -> Floats:
     return left_out
 
 
-def from_earlier(
+def solved_earlier(
     design: Floats, value: Floats, known: npt.NDArray[np.int64], wanted: npt.NDArray[np.bool_], penalty: Floats
 ) -> Floats:
-    """What the ridge fit of the rows before each row says of it.
+    """The ridge fit of the rows before each row.
 
     Args:
         design: (n, d), in order of time.
         value: (n,).
         known: how many of the first rows each row knows (n,), never falling and never itself.
-        wanted: rows whose value is asked for (n,).
+        wanted: rows for which it is asked (n,).
         penalty: (d,).
 
     Returns:
-        Values of the wanted rows, in their order.
+        Solutions for the wanted rows, in their order, (wanted rows, d).
     """
-    told: Floats = np.sum(design[wanted] * solved_earlier(design, value, known, wanted, penalty), axis=1)
-    return told
-
-
-def solved_earlier(
-    design: Floats, value: Floats, known: npt.NDArray[np.int64], wanted: npt.NDArray[np.bool_], penalty: Floats
-) -> Floats:
-    """The ridge fit of the rows before each row, (wanted rows, d); arguments as of `from_earlier`."""
     moments, of_row = np.unique(known[wanted], return_inverse=True)
     solutions = np.empty((len(moments), design.shape[1]))
     gram: Floats = np.diag(penalty)

@@ -259,13 +259,16 @@ class _Known:
         for events in self._users(rows, without_held=of_training):
             wanted = rows[events]
             design, residual = items.design(item[events]), self.rating[events] - items.base(item[events])
+            met = self.log.met[events]
             if of_training and self._order == "random":
-                added[events] = factors.leave_one_out(design, residual, penalty)
+                added[events[met]] = factors.leave_one_out(design[met], residual[met], penalty)
+                added[events[~met]] = design[~met] @ factors.solve(design[met], residual[met], penalty)
             elif of_training or self._history == "streaming":
                 earlier = self._earlier(events)
-                added[events[wanted]] = factors.from_earlier(design, residual, earlier, wanted, penalty)
+                told = factors.solved_earlier(design * met[:, None], residual, earlier, wanted, penalty)
+                added[events[wanted]] = np.sum(design[wanted] * told, axis=1)
             else:
-                known = train[events]
+                known = train[events] & met
                 added[events[wanted]] = design[wanted] @ factors.solve(design[known], residual[known], penalty)
         return added[rows]
 

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from peftrec import config, interactions, negatives, prepared, retrieval, sources
+from peftrec import config, interactions, negatives, opponents, prepared, retrieval, sources
 from peftrec.errors import ConfigError, DataError
 from peftrec.sight import evaluation_sight, training_sight
 from peftrec.split import TEST, TRAIN, Log, split
@@ -135,6 +135,29 @@ def test_who_has_clicks_alone_is_told_what_to_do(tmp_path: Path) -> None:
         interactions.load(without, 13)
 
 
+@pytest.mark.parametrize("order", ["time", "random"])
+@pytest.mark.parametrize("kind", ["bias", "mf"])
+def test_a_prior_knows_of_a_person_what_it_will_know_later(tmp_path: Path, kind: str, order: str) -> None:
+    """A saved prior that is asked with clicks alone says of a frozen row what the run said."""
+    folds = {"split": {"kind": "kfold", "folds": 4}}
+    ways = {"score": {"prior": kind}, "train": {"order": order}, "eval": {"history": "frozen"}}
+    recipe = recipe_of(tmp_path, data=folds, **ways)
+    log = log_of(recipe)
+    found = opponents.measure(log, recipe)
+    assert found.prior is not None
+    assert found.saved_prior is not None
+    ids = log.items["item_id"].to_list()
+    rows = log.rows(TEST)
+    known = [retrieval.known_rows(log, row, "frozen") for row in rows]
+    assert max(map(len, known)) > 3
+    for row, told in zip(rows.tolist(), known, strict=True):
+        history = [ids[code] for code in log.item[told]]
+        later = found.saved_prior.scores(history, [1] * len(history), [ids[log.item[row]]])
+        assert later[0] == pytest.approx(found.prior[row], abs=1e-4)
+    # A training row's prior is finite, and drawn rows are no clicks of their person's.
+    assert np.isfinite(found.prior).all()
+
+
 def test_ranking_asks_among_what_nobody_showed_the_person(tmp_path: Path) -> None:
     """A drawn item was never met, so it stays a candidate; and it is in no history."""
     log = log_of(recipe_of(tmp_path))
@@ -154,7 +177,7 @@ def test_ranking_asks_among_what_nobody_showed_the_person(tmp_path: Path) -> Non
     ("values", "expected"),
     [
         ({"prompt": {"history": "all"}}, "prompt.history: all; nobody met what is drawn"),
-        ({"score": {"prior": "bias"}}, "score.prior: bias; it would count what is drawn"),
+        ({"score": {"prior": "bpmf"}}, "score.prior: bpmf; it counts what is drawn"),
         ({"task": "rating"}, "data.sampled_negatives: does nothing under task: rating"),
         ({"data": {"like_at": 4}}, "data.like_at: does nothing under data.sampled_negatives: 2"),
         (

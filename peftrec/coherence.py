@@ -34,6 +34,9 @@ METHOD_KEYS = {
 }
 """The keys of the section `adapter` that each method has, beside `method`."""
 
+KNOW_CLICKS_ALONE = ("item_mean", "bias", "mf", "popularity")
+"""Baselines that tell drawn negatives from what a person answered."""
+
 _TABLE_COLUMNS = ("user_id", "item_id", "timestamp", "rating", "label", "title", "instruction", "input", "output")
 _FILE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".pq", ".json", ".jsonl", ".ndjson")
 
@@ -128,24 +131,30 @@ def conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
     yield from _align_conflicts(recipe)
     yield from compatibility.conflicts(recipe)
     yield from _record_conflicts(recipe)
-    if recipe.data.sampled_negatives and recipe.prompt.history == "all":
-        text = "all; nobody met what is drawn (data.sampled_negatives), so no history may show it; set it to liked"
-        yield "prompt.history", ("data.sampled_negatives",), text
-    if recipe.data.sampled_negatives and recipe.score.prior == "bpmf":
-        text = (
-            "bpmf; it counts what is drawn (data.sampled_negatives) as answers of a person, and of whoever asks later "
-            "there are clicks alone; set it to mf, bias or none"
-        )
-        yield "score.prior", ("data.sampled_negatives",), text
-    if recipe.data.sampled_negatives and recipe.align.used:
-        text = f"{recipe.align.kind}; it aligns with events, of which drawn ones (data.sampled_negatives) are none"
-        yield "align.kind", ("data.sampled_negatives",), f"{text}; leave one of them out"
+    if recipe.data.sampled_negatives:
+        yield from _negative_conflicts(recipe)
     if recipe.model.load_in_4bit and recipe.model.load_in_8bit:
         text = "true, and model.load_in_4bit too; expected one of them at most; remove the other"
         yield "model.load_in_8bit", ("model.load_in_4bit",), text
     if recipe.train.order == "random" and recipe.eval.history == "streaming":
         text = "random; it lets a training event see later ones, which no streaming row can; set eval.history: frozen"
         yield "train.order", ("eval.history",), text
+
+
+def _negative_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    drawn = ("data.sampled_negatives",)
+    if recipe.prompt.history == "all":
+        text = "all; nobody met what is drawn (data.sampled_negatives), so no history may show it; set it to liked"
+        yield "prompt.history", drawn, text
+    counts = "it counts what is drawn (data.sampled_negatives) as a person's answers, and whoever asks later has none"
+    if recipe.score.prior not in ("none", *KNOW_CLICKS_ALONE):
+        yield "score.prior", drawn, f"{recipe.score.prior}; {counts}; set it to mf, bias or none"
+    if others := [name for name in recipe.eval.baselines if name not in KNOW_CLICKS_ALONE]:
+        text = f"{', '.join(others)}; {counts}; expected some of {', '.join(KNOW_CLICKS_ALONE)}; leave the others out"
+        yield "eval.baselines", drawn, text
+    if recipe.align.used:
+        text = f"{recipe.align.kind}; it aligns with events, of which drawn ones (data.sampled_negatives) are none"
+        yield "align.kind", drawn, f"{text}; leave one of them out"
 
 
 def _record_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:

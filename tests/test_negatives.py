@@ -178,6 +178,7 @@ def test_ranking_asks_among_what_nobody_showed_the_person(tmp_path: Path) -> Non
     [
         ({"prompt": {"history": "all"}}, "prompt.history: all; nobody met what is drawn"),
         ({"score": {"prior": "bpmf"}}, "score.prior: bpmf; it counts what is drawn"),
+        ({"eval": {"baselines": ["mf", "gbdt", "lstm"]}}, "eval.baselines: gbdt, lstm; it counts what is drawn"),
         ({"task": "rating"}, "data.sampled_negatives: does nothing under task: rating"),
         ({"data": {"like_at": 4}}, "data.like_at: does nothing under data.sampled_negatives: 2"),
         (

@@ -232,7 +232,7 @@ def test_clicks_alone(tables: Path, tiny_llama_folder: Path, tmp_path: Path) -> 
     columns = "columns: {user_id: uid, item_id: movieId, timestamp: ts}, split: {valid: 0.2, test: 0.2}"
     data = f"{{interactions: {tmp_path}/opened.csv, items: {tables}/films.csv, sampled_negatives: 1, {columns}}}"
     path = own_recipe(tmp_path, tiny_llama_folder, tmp_path / "run", data=data, prompt="overlap: 64, history: liked")
-    finetune("--config", path, "--eval.baselines", "[item_mean, bias, mf, bpmf, popularity]")
+    finetune("--config", path, "--score.prior", "mf", "--eval.baselines", "[item_mean, bias, mf, popularity]")
     found = check_folder(tmp_path / "run")
     clicks = sum(facts["positives"] for facts in found.data["splits"].values())
     assert clicks == log.height

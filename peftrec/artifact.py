@@ -175,6 +175,8 @@ class Artifact:
     target: Scoring = field(default_factory=Scoring)
     like_at: float | None = None
     """Rating from which an event counts as liked; null where the data had labels, or nobody said."""
+    clicks_alone: bool = False
+    """Whether every event of the data was a click, beside which negatives were drawn."""
     prior: Literal["prior.json"] | None = None
     side: Annotated[list[SideName], Distinct] | None = None
     """Sources of the vectors in `side.safetensors`, which projectors add to the token that ends an event's question."""
@@ -257,6 +259,7 @@ def describe(
             [list(point) for point in target.calibration],
         ),
         like_at=like_at,
+        clicks_alone=recipe.data.sampled_negatives is not None,
         side=list(side) or None,
         seed=recipe.seed,
         probes=list(probes),

@@ -162,6 +162,16 @@ def _asked(facts: Facts) -> Iterator[str]:
             "Published scores include a prior that only counts (`prior.json`). Without peftrec there is no prior; "
             f"those scores are the row “{shown(NO_PRIOR)}”."
         )
+    if about.target.calibration:
+        yield (
+            "Published scores go through a rising curve that was fitted on the validation rows (`target.calibration` "
+            "in `peftrec.json`). Without peftrec they do not; their order is the same."
+        )
+    if about.clicks_alone:
+        yield (
+            "The data has clicks alone: what was not clicked was drawn, some items beside each click. A chance is one "
+            "among these, and no rate of clicks."
+        )
     if about.side:
         yield (
             "Vectors stand beside the text (`side.safetensors`), of the items that are known there; any other item is "

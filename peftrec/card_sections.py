@@ -57,6 +57,17 @@ def meaning(about: Artifact, score: float) -> str:
     return f"{score:+.3f} (log-odds), a chance of {chance:.0%} that the person likes it"
 
 
+def added(about: Artifact) -> str:
+    """What peftrec does to the model's own score, in words; empty where it is nothing."""
+    return " and ".join(["the prior"] * bool(about.prior) + ["the calibration"] * bool(about.target.calibration))
+
+
+def raw(about: Artifact) -> str:
+    """When a probe's score is taken, in words; empty where there is nothing to come."""
+    ways = ["the prior is added"] * bool(about.prior) + ["scores are calibrated"] * bool(about.target.calibration)
+    return f"before {' and '.join(ways)}" if ways else ""
+
+
 def answer_word(about: Artifact, label: int) -> str:
     """An answer as a person would say it."""
     return decimal(about.target.scale[label]) if about.task == "rating" else about.prompt.answers[label].strip()

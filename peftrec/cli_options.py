@@ -28,7 +28,7 @@ def add_items(verb: argparse.ArgumentParser, meaning: str, tables: str = "the it
 def add_scorer(verb: argparse.ArgumentParser) -> None:
     """--base-model and --no-prior: what the adapter is scored with."""
     verb.add_argument("--base-model", metavar="MODEL", help="folder or Hub id to use as base model instead")
-    verb.add_argument("--no-prior", action="store_true", help="leave the saved prior out of the scores")
+    verb.add_argument("--no-prior", action="store_true", help="leave the saved prior and calibration out of the scores")
 
 
 def add_json(verb: argparse.ArgumentParser, kind: str = "object") -> None:

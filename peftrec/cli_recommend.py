@@ -156,7 +156,7 @@ def _add_recommend(verbs: Verbs) -> None:
     verb.add_argument(
         "--shortlist", type=int, metavar="N", help="score so many promising candidates only (default: all of them)"
     )
-    verb.add_argument("--no-prior", action="store_true", help="leave the saved prior out of the scores")
+    verb.add_argument("--no-prior", action="store_true", help="leave the saved prior and calibration out of the scores")
     cli_options.add_json(verb)
     verb.set_defaults(verb=_recommend)
 

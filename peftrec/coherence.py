@@ -152,6 +152,8 @@ def _negative_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str
     if others := [name for name in recipe.eval.baselines if name not in KNOW_CLICKS_ALONE]:
         text = f"{', '.join(others)}; {counts}; expected some of {', '.join(KNOW_CLICKS_ALONE)}; leave the others out"
         yield "eval.baselines", drawn, text
+    if recipe.side.als:
+        yield "side.als", drawn, f"true; {counts}; set it to false"
     if recipe.align.used:
         text = f"{recipe.align.kind}; it aligns with events, of which drawn ones (data.sampled_negatives) are none"
         yield "align.kind", drawn, f"{text}; leave one of them out"

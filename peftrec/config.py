@@ -115,7 +115,7 @@ class Data:
     """Keep the items of one domain: column of the items table -> the values that it may have, as in
     `{genres: [Drama, War]}`. Of a cell that lists several, by commas or `|`, each must be among them: recipes whose
     lists share no value have no item in common."""
-    sampled_negatives: Count | None = None
+    sampled_negatives: Annotated[int, Check("a whole number from 1 to 100", lambda n: 1 <= n <= 100)] | None = None
     """Where every event is a click and nothing says what was not clicked: so many items beside each event, drawn by the
     seed among those that others had met by then and its person meets nowhere. Null draws none."""
     sample_users: Count | None = None

@@ -146,7 +146,7 @@ class Encoder:
         """
         if not (self.texts and isinstance(self.codec, Codec)):
             return []
-        text, shown = list(self.codec.header), self._shown
+        text, shown = list(self.codec.header), self._shown or range(len(self.codec.answers))
         for turn, item in enumerate(drawn_order(len(self.texts), seed, "opening").tolist()):
             if len(text) >= tokens:
                 break

@@ -177,13 +177,12 @@ def _table(source: Any) -> tuple[str, pl.LazyFrame]:
 
 
 def _names(found: list[str], where: str, about: artifact.Artifact, columns: Mapping[str, str]) -> dict[str, str]:
-    answers = ("rating",) if about.task == "rating" else ("label", "rating")
+    answers = ("rating",) if about.task == "rating" else ("label",) if about.clicks_alone else ("label", "rating")
     optional = [*answers, "timestamp"]
     given = {ours: theirs for ours, theirs in columns.items() if ours in ("user_id", "item_id", *optional)}
     names = tables.match_columns(found, where, given, ["user_id", "item_id"], optional, key="columns")
-    hints = [near for name in answers if (near := tables.nearest_column(name, found))]
-    clicks_alone = about.task == "click" and about.prompt.history == "liked" and not hints
-    if not clicks_alone and not any(name in names for name in answers):
+    if not about.clicks_alone and not any(name in names for name in answers):
+        hints = [near for name in answers if (near := tables.nearest_column(name, found))]
         todo = f"set columns.{answers[-1]}={hints[0]}" if hints else f"add it, or set columns.{answers[-1]}=<column>"
         wanted = " or ".join(f"'{name}'" for name in answers)
         raise DataError(f"{where}: no column {wanted} (found {', '.join(found)}); {todo}")
@@ -195,7 +194,7 @@ def _names(found: list[str], where: str, about: artifact.Artifact, columns: Mapp
 def _answers(raw: pl.DataFrame, where: str, about: artifact.Artifact) -> pl.Series:
     if "label" in raw.columns:
         return tables.parse_labels(raw["label"], where)
-    if "rating" not in raw.columns:  # every row is a click, and nothing else would be shown
+    if about.clicks_alone:
         return pl.repeat(1, raw.height, dtype=pl.Int8, eager=True)
     ratings = tables.parse_numbers(raw["rating"], where, "rating")
     if about.task == "click":

@@ -255,9 +255,14 @@ def _with_negatives(events: pl.DataFrame, each: int, seed: int, where: str, warn
 
 
 def _check_classes(label: pl.Series, where: str, data: Data) -> None:
+    if label.n_unique() == 1 and data.sampled_negatives is not None:
+        raise DataError(
+            f"{where}: no negative could be drawn, for everybody has met whatever was there; expected more items, or "
+            "labels; leave data.sampled_negatives out"
+        )
     if label.n_unique() == 1:
         todo = "" if data.like_at is None else f": change data.like_at, which is {data.like_at:g}"
-        if label[0] == 1 and data.sampled_negatives is None:
+        if label[0] == 1:
             todo += f"{' or' if todo else ': if every row is a click,'} set data.sampled_negatives"
         raise DataError(f"{where}: all {len(label)} rows have label {label[0]}; expected both 0 and 1{todo}")
 

@@ -111,7 +111,7 @@ def slices(log: Log) -> dict[str, Bools]:
     Returns:
         name -> rows, each of shape (n,), rows of every split.
     """
-    train = log.split == 0
+    train = (log.split == 0) & log.met
     has_item = log.item >= 0
     n_items = int(log.item.max(initial=-1)) + 1
     n_users = int(log.user.max(initial=-1)) + 1

@@ -21,7 +21,8 @@ def beside(events: pl.DataFrame, each: int, seed: int) -> tuple[pl.DataFrame, in
 
     Args:
         events: `user`, `item` and `timestamp`, and whatever else a drawn event shares with its own; all are clicks.
-        each: negatives of one event, on different items that its person meets nowhere in `events`.
+        each: negatives of one event, on items that its person meets nowhere in `events` and has drawn at that time for
+            none of them.
         seed: draws them.
 
     Returns:
@@ -34,16 +35,23 @@ def beside(events: pl.DataFrame, each: int, seed: int) -> tuple[pl.DataFrame, in
     known = item[order]  # of which each event may draw so many from the front:
     there = np.searchsorted(time[order], time, side="right")
     met = np.unique(user * items + item)
+    moment = _numbered(user, time)
     row = np.repeat(np.arange(len(item)), each)
     drawn = np.full(len(row), -1, dtype=np.int64)
+    open_ = np.arange(len(row))
+    taken = np.empty(0, dtype=np.int64)  # what the moments that are still open have drawn
     generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(b"negatives")]))
     for _ in range(ROUNDS):
-        open_ = np.flatnonzero(drawn < 0)
+        event = row[open_]
+        one = known[(generator.random(len(open_)) * there[event]).astype(np.int64)]
+        code = moment[event] * items + one
+        fits = ~_within(user[event] * items + one, met) & ~_within(code, taken) & _first(code)
+        drawn[open_[fits]] = one[fits]
+        open_ = open_[~fits]
         if not len(open_):
             break
-        place = (generator.random(len(open_)) * there[row[open_]]).astype(np.int64)
-        drawn[open_] = np.where(_within(user[row[open_]] * items + known[place], met), -1, known[place])
-        drawn[_again(row, drawn, items)] = -1
+        taken = np.union1d(taken, code[fits])
+        taken = taken[_within(taken // items, np.unique(moment[row[open_]]))]
     found = np.flatnonzero(drawn >= 0)
     source = np.concatenate((row[found], np.arange(len(item))))
     label = np.repeat(np.array([0, 1], dtype=np.int8), [len(found), len(item)])
@@ -56,17 +64,26 @@ def beside(events: pl.DataFrame, each: int, seed: int) -> tuple[pl.DataFrame, in
     )
 
 
+def _numbered(user: np.ndarray, time: np.ndarray) -> np.ndarray:
+    """A number for each person's moment, (n,)."""
+    order = np.lexsort((time, user))
+    new = (np.diff(user[order], prepend=-1) != 0) | (np.diff(time[order], prepend=0) != 0)
+    found = np.empty(len(user), dtype=np.int64)
+    found[order] = np.cumsum(new) - 1
+    return found
+
+
 def _within(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
     """Whether each value is in the other array."""
+    if not len(ascending):
+        return np.zeros(len(values), dtype=bool)
     place = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
     found: np.ndarray = ascending[place] == values
     return found
 
 
-def _again(row: np.ndarray, drawn: np.ndarray, items: int) -> np.ndarray:
-    """Places where an event has drawn an item that it has already."""
-    there = np.flatnonzero(drawn >= 0)
-    code = row[there] * items + drawn[there]
-    order = np.argsort(code, kind="stable")
-    repeated: np.ndarray = there[order[1:][code[order][1:] == code[order][:-1]]]
-    return repeated
+def _first(values: np.ndarray) -> np.ndarray:
+    """Whether each value is the first of its kind."""
+    found = np.zeros(len(values), dtype=bool)
+    found[np.unique(values, return_index=True)[1]] = True
+    return found

@@ -107,7 +107,9 @@ def as_rows(log: Log, questions: Questions) -> tuple[Log, Ints]:
     """
     moment = np.full(len(log.user_ids), np.iinfo(np.int64).max)
     moment[log.user[questions.row]] = log.timestamp[questions.row]
-    kept = np.flatnonzero((log.split == TRAIN) | (log.timestamp < moment[log.user]))
+    before = (log.split == TRAIN) | (log.timestamp < moment[log.user])
+    # What was drawn for a person is a candidate, and no answer of that person.
+    kept = np.flatnonzero(before & (log.met | ~np.isin(log.user, log.user[questions.row])))
     source = np.concatenate((kept, questions.row[questions.question]))
     new = np.arange(len(source)) >= len(kept)
     item = np.concatenate((log.item[kept], questions.item)).astype(log.item.dtype)
@@ -242,7 +244,7 @@ def _best(score: Floats, questions: Questions) -> Ints:
 def _latest_liked(log: Log, history: History, seed: int) -> Ints:
     """For each user the row to ask for, or -1 (users,): the latest one that can be; of one moment, one drawn by lot."""
     first = np.full(len(log.user_ids), np.iinfo(np.int64).max)
-    seen = log.split == TRAIN if history == "frozen" else np.ones(len(log), dtype=bool)
+    seen = log.met & (log.split == TRAIN) if history == "frozen" else log.met
     np.minimum.at(first, log.user[seen], log.timestamp[seen])
     known = first[log.user] < (np.iinfo(np.int64).max if history == "frozen" else log.timestamp)
     _, pair, times = np.unique(

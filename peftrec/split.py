@@ -137,6 +137,8 @@ def split(interactions: Interactions, how: config.Split, seed: int, *, answered:
         parts = leave_last_out(user, time)
     elif how.kind == "kfold":
         parts = kfold(len(user), how.folds, how.fold, how.valid, seed)
+        if interactions.drawn:
+            parts = parts[click_of(label)]
     elif how.kind == "cold_item":
         if interactions.items.is_empty():
             raise DataError(f"{interactions.name}: prompt records name no items; a cold_item split needs them")
@@ -170,6 +172,8 @@ def split(interactions: Interactions, how: config.Split, seed: int, *, answered:
 def few(log: Log, count: int, seed: int) -> Log:
     """The log with `count` of its training events; the others are as if nobody had recorded them.
 
+    Of clicks beside drawn negatives it is so many clicks, with what was drawn beside them.
+
     They are the first training events of people drawn by `seed`, of each at most a quarter of `count` and at most 16:
     single events would have no history, and whole people would be one or two. Where all people have given so
     many, each gives the next.
@@ -177,7 +181,7 @@ def few(log: Log, count: int, seed: int) -> Log:
     Raises:
         DataError: there are not so many, or all of them have one label.
     """
-    train = np.flatnonzero(log.split == TRAIN)
+    train = np.flatnonzero((log.split == TRAIN) & log.met)
     if count > len(train):
         raise DataError(f"data.train_events: {count}; the data has {len(train)} training events; lower it")
     each = max(1, min(MOST_OF_ONE, count // 4))
@@ -185,13 +189,19 @@ def few(log: Log, count: int, seed: int) -> Log:
     place = np.arange(len(train)) - np.searchsorted(user, user)  # of the event within its person's
     drawn = np.argsort(drawn_order(len(log.user_ids), seed, "train_events"))
     chosen = train[np.lexsort((place, drawn[user], place // each))[:count]]
-    if len(np.unique(log.label[chosen])) == 1:
+    own = click_of(log.label) if log.drawn else np.arange(len(log))
+    if not log.drawn and len(np.unique(log.label[chosen])) == 1:
         raise DataError(
             f"data.train_events: the {count} events drawn by seed {seed} all have one label; raise it, or change seed"
         )
-    kept = log.split != TRAIN
-    kept[chosen] = True
-    return log.keep(kept)
+    return log.keep((log.split != TRAIN) | np.isin(own, chosen))
+
+
+def click_of(label: np.ndarray) -> np.ndarray:
+    """The row of the click beside which each row was drawn, or its own if it is one, (n,): that is the next click."""
+    clicks = np.flatnonzero(label == 1)
+    found: np.ndarray = clicks[np.searchsorted(clicks, np.arange(len(label)))]
+    return found
 
 
 def temporal(time: np.ndarray, valid: float, test: float) -> np.ndarray:

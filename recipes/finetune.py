@@ -123,6 +123,7 @@ def main() -> None:
         return
     state.wait_for_everyone()  # nobody writes there before everybody has looked
     processes.check(recipe)
+    calibration.check(recipe.score.calibration)
     if mistake := processes.alone_by_mistake():
         say(f"warning: {mistake}")
 
@@ -140,7 +141,10 @@ def main() -> None:
     # Learn from the training rows; score the validation and test rows that are reported.
     outcome = _learn_and_score(recipe, log, known, learner, other, folder, say, resume=arguments.resume)
     if recipe.score.calibration != "none":
-        learner.target = _calibrated(recipe, log, known, learner.target, outcome)
+        learner.target, few = _calibrated(recipe, log, known, learner.target, outcome)
+        for warning in few:
+            say(f"warning: {warning}")
+        warnings += few
     processes.gather(learner.model)
     processes.leave()
     if not state.is_main_process:
@@ -181,7 +185,6 @@ def _learner(recipe: config.Recipe, log: split.Log, known: opponents.Opponents, 
     beside = side_vectors.of_run(log, recipe) if recipe.side.used else None
     methods.check(recipe.adapter)
     backbone.check(recipe)
-    calibration.check(recipe.score.calibration)
     start = earlier.find(recipe)
     learned = log.split == split.TRAIN
     target = fit_target(
@@ -288,14 +291,15 @@ def _learn_and_score(
 
 def _calibrated(
     recipe: config.Recipe, log: split.Log, known: opponents.Opponents, target: Target, outcome: Outcome
-) -> Target:
-    """The target with the curve that fits the validation rows best."""
+) -> tuple[Target, list[str]]:
+    """The target with the curve that fits the validation rows best, and what is to be said of it."""
     valid = log.split[outcome.rows] == split.VALID
     rows = outcome.rows[valid]
     score, _ = target.measure(outcome.outputs[valid], None if known.prior is None else known.prior[rows])
     truth = log.label[rows] if log.rating is None or recipe.task == "click" else log.rating[rows]
     assert recipe.score.calibration != "none"
-    return dataclasses.replace(target, calibration=calibration.fit(recipe.score.calibration, recipe.task, score, truth))
+    knots = calibration.fit(recipe.score.calibration, recipe.task, score, truth)
+    return dataclasses.replace(target, calibration=knots), calibration.warnings(recipe.score.calibration, len(rows))
 
 
 def _attach(learner: Learner, recipe: config.Recipe, rows: int, say: Say) -> None:

@@ -197,6 +197,8 @@ def side_words(plan: Plan, name: str, path: Path, rest: Sequence[str]) -> list[s
             f"{file}: task {recipe.task} with score.prior {recipe.score.prior}; expected clicks without a prior, which "
             "would hide what the language model knows; set them in the config"
         )
+    if recipe.score.calibration != "none":
+        raise ConfigError(f"{file}: score.calibration; scores are compared as the model gives them; leave it out")
     if recipe.align.used:
         raise ConfigError(f"{file}: align; name its kinds and weights under aligned, and leave it out here")
     if recipe.side.used:

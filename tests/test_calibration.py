@@ -49,8 +49,8 @@ def test_isotonic_of_clicks_is_finite() -> None:
 @given(st.integers(0, 1000), st.sampled_from(["temperature", "isotonic"]), st.floats(0.2, 4))
 def test_the_order_stays_and_the_fit_gets_better(seed: int, kind: str, bold: float) -> None:
     draw = np.random.default_rng(seed)
-    fair = draw.normal(0, 1.5, 400)
-    label = (draw.random(400) < 1 / (1 + np.exp(-fair))).astype(int)
+    fair = draw.normal(0, 1.5, 2000)
+    label = (draw.random(2000) < 1 / (1 + np.exp(-fair))).astype(int)
     score = fair * bold
     knots = calibration.fit(kind, "click", score, label)  # type: ignore[arg-type]
     assert all(a < c and b < d for (a, b), (c, d) in itertools.pairwise(knots))
@@ -60,7 +60,8 @@ def test_the_order_stays_and_the_fit_gets_better(seed: int, kind: str, bold: flo
     def loss(log_odds: np.ndarray) -> float:
         return float(np.mean(np.logaddexp(0, np.where(label == 1, -log_odds, log_odds))))
 
-    assert loss(found) <= loss(score) + 0.01  # what keeps a step of few rows finite may cost a little
+    # What keeps a step of few rows finite, and the lines between steps, may cost a little.
+    assert loss(found) <= loss(score) + (0.001 if kind == "temperature" else 0.03)
 
 
 def test_many_steps_are_thinned() -> None:
@@ -68,6 +69,13 @@ def test_many_steps_are_thinned() -> None:
     knots = calibration.fit("isotonic", "rating", rising, rising)
     assert len(knots) == calibration.MOST_KNOTS
     np.testing.assert_allclose(calibration.calibrated(rising, knots), rising)
+
+
+def test_few_rows_are_warned_of() -> None:
+    (line,) = calibration.warnings("isotonic", 499)
+    assert line.startswith("score.calibration: isotonic on 499 validation rows")
+    assert not calibration.warnings("isotonic", 500)
+    assert not calibration.warnings("temperature", 10)
 
 
 def test_without_knots_nothing_changes() -> None:

@@ -13,7 +13,7 @@ import pytest
 from peftrec import config, interactions, negatives, opponents, prepared, retrieval, sources
 from peftrec.errors import ConfigError, DataError
 from peftrec.sight import evaluation_sight, training_sight
-from peftrec.split import TEST, TRAIN, Log, split
+from peftrec.split import TEST, TRAIN, Log, click_of, few, split
 
 EACH, CLICKS = 3, 305
 
@@ -41,15 +41,28 @@ def test_what_may_be_drawn() -> None:
     for user, item, time, _ in drawn.rows():
         assert (user, item) not in met
         assert first[item] <= time
-    of_event = drawn.group_by("user", "timestamp").agg(pl.len(), pl.col("item").n_unique().alias("different"))
-    assert of_event["len"].max() == EACH
-    assert of_event["len"].equals(of_event["different"], check_names=False)
+    of_moment = drawn.group_by("user", "timestamp").agg(pl.len(), pl.col("item").n_unique().alias("different"))
+    assert of_moment["len"].max() == EACH
+    assert of_moment["len"].equals(of_moment["different"], check_names=False)
     # Each stands in front of its own click.
     behind = found.with_columns(nxt=pl.col("label").reverse().cum_sum().reverse())
     order = behind.filter(label=0)["nxt"].to_numpy()
     whose = events.height - order  # the click that comes next
     assert (events["timestamp"].to_numpy()[whose] == drawn["timestamp"].to_numpy()).all()
     assert (events["user"].to_numpy()[whose] == drawn["user"].to_numpy()).all()
+
+
+def test_one_moment_draws_an_item_once() -> None:
+    """Three clicks at one time draw the three items that are left, one each, however many they ask for."""
+    told = [(9, item, 0) for item in range(6)]
+    events = pl.DataFrame(
+        [*told, (1, 0, 5), (1, 1, 5), (1, 2, 5)],
+        schema={"user": pl.Int32, "item": pl.Int32, "timestamp": pl.Int64},
+        orient="row",
+    )
+    for each in (1, 5):
+        drawn = negatives.beside(events, each, 13)[0].filter(label=0, user=1)["item"].sort().to_list()
+        assert drawn == [3, 4, 5]
 
 
 def test_the_seed_draws_and_nothing_else() -> None:
@@ -158,6 +171,29 @@ def test_a_prior_knows_of_a_person_what_it_will_know_later(tmp_path: Path, kind:
     assert np.isfinite(found.prior).all()
 
 
+@pytest.mark.parametrize("how", [{"kind": "kfold", "folds": 4}, {"kind": "leave_last_out"}, {"kind": "cold_user"}])
+def test_a_click_and_what_is_drawn_beside_it_are_in_one_split(tmp_path: Path, how: dict[str, Any]) -> None:
+    log = log_of(recipe_of(tmp_path, data={"split": how}))
+    click = click_of(log.label)
+    assert (log.met[click] & (log.timestamp[click] == log.timestamp) & (log.user[click] == log.user)).all()
+    assert (log.split[click] == log.split).all()
+    assert set(log.split) == {0, 1, 2}
+
+
+def test_few_clicks_come_with_what_is_drawn_beside_them(tmp_path: Path) -> None:
+    log = log_of(recipe_of(tmp_path))
+    found = few(log, 20, 13)
+    learned = found.split == TRAIN
+    assert (learned & found.met).sum() == 20
+    assert 20 < (learned & ~found.met).sum() <= 40
+
+
+def test_where_nothing_can_be_drawn(tmp_path: Path) -> None:
+    all_met = pl.DataFrame({"user": [0, 0, 1, 1], "item": [0, 1, 0, 1], "timestamp": [1, 2, 3, 4]})
+    with pytest.raises(DataError, match=r"no negative could be drawn, .*; leave data\.sampled_negatives out"):
+        interactions.load(recipe_of(tmp_path, all_met).data, 13)
+
+
 def test_ranking_asks_among_what_nobody_showed_the_person(tmp_path: Path) -> None:
     """A drawn item was never met, so it stays a candidate; and it is in no history."""
     log = log_of(recipe_of(tmp_path))
@@ -179,6 +215,7 @@ def test_ranking_asks_among_what_nobody_showed_the_person(tmp_path: Path) -> Non
         ({"prompt": {"history": "all"}}, "prompt.history: all; nobody met what is drawn"),
         ({"score": {"prior": "bpmf"}}, "score.prior: bpmf; it counts what is drawn"),
         ({"eval": {"baselines": ["mf", "gbdt", "lstm"]}}, "eval.baselines: gbdt, lstm; it counts what is drawn"),
+        ({"side": {"als": True}}, "side.als: true; it counts what is drawn"),
         ({"task": "rating"}, "data.sampled_negatives: does nothing under task: rating"),
         ({"data": {"like_at": 4}}, "data.like_at: does nothing under data.sampled_negatives: 2"),
         (

@@ -126,13 +126,15 @@ def test_ratings_become_answers(recommender: Recommender) -> None:
         )
 
 
-def test_a_log_of_clicks_alone_is_for_adapters_that_read_likes(recommender: Recommender) -> None:
+def test_a_log_of_clicks_alone_is_for_adapters_of_such(recommender: Recommender) -> None:
+    about = dataclasses.replace(recommender.artifact, clicks_alone=True, like_at=None)
+    for log in (LOG.drop("label"), LOG.drop("label").with_columns(rating=pl.lit(1.0), table=pl.lit("x"))):
+        clicks = Histories.read(log, about, FILMS, {})
+        assert [answer for _, answer in past(clicks, "a")] == [1, 1, 1, 1]
     prompt = dataclasses.replace(recommender.artifact.prompt, history="liked")
-    about = dataclasses.replace(recommender.artifact, prompt=prompt)
-    clicks = Histories.read(LOG.drop("label"), about, FILMS, {})
-    assert [answer for _, answer in past(clicks, "a")] == [1, 1, 1, 1]
-    with pytest.raises(DataError, match=r"no column 'label' or 'rating' .*; set columns\.rating=clicked"):
-        Histories.read(LOG.rename({"label": "clicked"}), about, FILMS, {})  # it may hold answers
+    others = dataclasses.replace(recommender.artifact, prompt=prompt)
+    with pytest.raises(DataError, match="no column 'label' or 'rating'"):
+        Histories.read(LOG.drop("label"), others, FILMS, {})
 
 
 def test_what_is_left_out_is_counted(recommender: Recommender) -> None:

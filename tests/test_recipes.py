@@ -232,12 +232,18 @@ def test_clicks_alone(tables: Path, tiny_llama_folder: Path, tmp_path: Path) -> 
     columns = "columns: {user_id: uid, item_id: movieId, timestamp: ts}, split: {valid: 0.2, test: 0.2}"
     data = f"{{interactions: {tmp_path}/opened.csv, items: {tables}/films.csv, sampled_negatives: 1, {columns}}}"
     path = own_recipe(tmp_path, tiny_llama_folder, tmp_path / "run", data=data, prompt="overlap: 64, history: liked")
-    finetune("--config", path, "--score.prior", "mf", "--eval.baselines", "[item_mean, bias, mf, popularity]")
+    finetune("--config", path, *("--score.prior", "mf", "--score.calibration", "temperature"))
     found = check_folder(tmp_path / "run")
     clicks = sum(facts["positives"] for facts in found.data["splits"].values())
     assert clicks == log.height
     assert 1.6 * clicks < found.data["rows"] <= 2 * clicks
-    shown = artifact.read(tmp_path / "run/adapter").prompt.example
+    card = (tmp_path / "run/adapter/README.md").read_text()
+    assert "before the prior is added and scores are calibrated." in card
+    assert "no rate of clicks" in card
+    about = artifact.read(tmp_path / "run/adapter")
+    assert about.clicks_alone
+    assert len(about.target.calibration) == 2
+    shown = about.prompt.example
     assert shown.count(" yes") > 1
     assert " no" not in shown
 

@@ -4,7 +4,9 @@ python benchmarks/runs.py demo runs/ml-100k-click-lora-demo
 python benchmarks/runs.py main runs/ml-100k-click-lora
 python benchmarks/runs.py bpmf runs/ml-100k-click-bpmf
 python benchmarks/runs.py rating runs/ml-100k-rating-5fold
-python benchmarks/runs.py encoder runs/ml-100k-click-encoder    # docs/benchmarks.md only
+python benchmarks/runs.py encoder runs/ml-100k-click-encoder    # this one and those below into docs/benchmarks.md only
+python benchmarks/runs.py latest_clicks runs/ml-latest-small-click-bpmf
+python benchmarks/runs.py latest_ratings runs/ml-latest-small-rating
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from pages import PAGE, put
 
 from peftrec import record, report
 
+IN_README, REST = ("demo", "main", "bpmf", "rating"), ("encoder", "latest_clicks", "latest_ratings")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("place", choices=["demo", "main", "bpmf", "rating", "encoder"], help="whose markers")
+    parser.add_argument("place", choices=[*IN_README, *REST], help="whose markers")
     parser.add_argument("run", help="output_dir of a finished run")
     arguments = parser.parse_args()
     facts = record.read_record(arguments.run)
@@ -32,7 +36,7 @@ def main() -> None:
         f"the adapter is {adapter['bytes'] / 1e6:.1f} MB; seed {facts.seed}."
     )
     put(arguments.place, f"{comparison.markdown()}\n{cost}")
-    if arguments.place != "encoder":
+    if arguments.place in IN_README:
         put(arguments.place, f"{comparison.markdown(short=True)}\n{cost}", PAGE.parent.parent / "README.md")
 
 

@@ -135,11 +135,14 @@ def check_plain_snippet(adapter: Path) -> None:
     assert float(done.stdout.splitlines()[-1]) == pytest.approx(about.probes[0].score, abs=1e-4)
 
 
-def test_a_card_that_cannot_be_made_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_card_that_cannot_be_made_is_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = importlib.util.spec_from_file_location("finetune", FINETUNE)
     assert spec is not None
     assert spec.loader is not None
     finetune = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "finetune", finetune)  # its dataclasses look there
     spec.loader.exec_module(finetune)
     finetune._write_card(tmp_path)
     (line,) = capsys.readouterr().out.splitlines()

@@ -75,8 +75,10 @@ def _summary(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
     data, train = recipe.data, recipe.train
     records = data.records if isinstance(data.records, str) else ", ".join((data.records or {}).values())
-    users = f", {data.sample_users} users of it" if data.sample_users else ""
-    yield "data", f"{data.name or data.interactions or records}{users}, split: {data.split.kind}"
+    more = f", {data.sample_users} users of it" if data.sample_users else ""
+    if data.sampled_negatives:
+        more += f", {data.sampled_negatives} negatives drawn beside each click"
+    yield "data", f"{data.name or data.interactions or records}{more}, split: {data.split.kind}"
     yield "prompt", f"{recipe.prompt.layout}, up to {recipe.prompt.max_tokens:,} tokens, item: {recipe.prompt.item}"
     yield "model", f"{recipe.model.name}, {recipe.model.dtype}"
     if recipe.adapter.method == "none":

@@ -1,8 +1,8 @@
 """Negatives for logs of clicks alone: beside each event, items that were there and that its person did not take.
 
 Who clicked is recorded and who did not is not, so there is nothing to tell a click from. Negatives are drawn from what
-others had met by then, as often as they had. So a popular item is a negative as often as it is a click, and popularity
-alone tells nothing; what nobody had met by then is never drawn, and no later event is looked at to weigh an item.
+others had met by then, as often as they had. So a popular item is a negative about as often as it is a click, and no
+later event is looked at to weigh an item. What nobody had met by then is never drawn: a first click is told by that.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, Trainer
 
-from peftrec import adapters, backbone, config, processes
+from peftrec import adapters, backbone, config, processes, train
 from peftrec.errors import ConfigError, DataError, ModelError
 from peftrec.interactions import drawn_order
 from peftrec.target import Target
@@ -215,25 +215,12 @@ def learn(language: LanguageModel, texts: Sequence[str], recipe: config.Recipe, 
     how = recipe.train
     trainer = TextTrainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(folder),
-            num_train_epochs=how.num_train_epochs,
-            max_steps=how.max_steps,
-            learning_rate=how.learning_rate,
-            lr_scheduler_type=how.lr_scheduler_type,
-            warmup_steps=how.warmup_steps,
-            weight_decay=how.weight_decay,
-            max_grad_norm=how.max_grad_norm,
-            per_device_train_batch_size=how.per_device_train_batch_size,
+        args=train.arguments(
+            how,
+            folder,
+            recipe.seed,
             gradient_accumulation_steps=how.gradient_accumulation_steps,
-            gradient_checkpointing=how.gradient_checkpointing,
-            logging_steps=how.logging_steps,
-            report_to=how.report_to,
             save_strategy="no",
-            seed=recipe.seed,
-            use_cpu=not backbone.has_gpu(),
-            remove_unused_columns=False,
-            dataloader_pin_memory=backbone.has_gpu(),
         ),
         train_dataset=[{"input_ids": ids} for ids in shown],
         data_collator=collate,

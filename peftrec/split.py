@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import polars as pl
@@ -92,7 +93,7 @@ class Log:
         """The events of a split (`TRAIN`, `VALID` or `TEST`) whose answers may be reported, indices ascending."""
         return np.flatnonzero(self.split == part if self.asked is None else (self.split == part) & self.asked)
 
-    @property
+    @cached_property
     def met(self) -> np.ndarray:
         """Whether each event took place, (n,), bool: all but the negatives that were drawn."""
         met: np.ndarray = self.label == 1 if self.drawn else np.ones(len(self), dtype=bool)

@@ -34,6 +34,11 @@ from peftrec.target import Target
 from peftrec.timeline import WindowDataset, collate
 
 STATE = "trainer_state.json"
+TRAINERS = (
+    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
+    *("max_grad_norm", "per_device_train_batch_size", "gradient_checkpointing", "logging_steps", "report_to"),
+)
+"""Keys of the section `train` that are Trainer's own and mean the same there."""
 LEAST_FREE = 1_000_000  # bytes; with less than this on the disk a failed write is put down to it
 
 ToMetrics = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # rows (n,) and the head's outputs (n, K) -> metrics
@@ -383,21 +388,26 @@ def _run(trainer: WindowTrainer, newest: Path | None, steps: int, folder: Path) 
         ) from error
 
 
-def _arguments(train: config.Train, steps: int, folder: Path, seed: int) -> TrainingArguments:
-    """The recipe's section in Trainer's words, with what follows from the machine and the number of steps."""
-    every = math.ceil(steps / (train.evals or 4))  # Trainer adds a pass at the end where none falls there
+def arguments(how: config.Train, folder: Path, seed: int, **more: Any) -> TrainingArguments:
+    """What the recipe's section shares with Trainer, and what follows from the machine; `more` is the caller's own."""
     return TrainingArguments(
         output_dir=str(folder),
-        num_train_epochs=train.num_train_epochs,
-        max_steps=train.max_steps,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.lr_scheduler_type,
-        warmup_steps=train.warmup_steps,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        per_device_train_batch_size=train.per_device_train_batch_size,
+        seed=seed,
+        use_cpu=not backbone.has_gpu(),
+        remove_unused_columns=False,
+        dataloader_pin_memory=backbone.has_gpu(),
+        **{name: getattr(how, name) for name in TRAINERS},
+        **more,
+    )
+
+
+def _arguments(train: config.Train, steps: int, folder: Path, seed: int) -> TrainingArguments:
+    every = math.ceil(steps / (train.evals or 4))  # Trainer adds a pass at the end where none falls there
+    return arguments(
+        train,
+        folder,
+        seed,
         gradient_accumulation_steps=train.gradient_accumulation_steps // processes.group().num_processes,
-        gradient_checkpointing=train.gradient_checkpointing,
         torch_compile=train.torch_compile,
         eval_strategy="steps" if train.evals else "no",
         eval_steps=every,
@@ -408,13 +418,7 @@ def _arguments(train: config.Train, steps: int, folder: Path, seed: int) -> Trai
         metric_for_best_model=train.metric_for_best_model if train.evals else None,
         greater_is_better=train.metric_for_best_model in ("auc", "uauc"),
         restore_callback_states_from_checkpoint=True,
-        logging_steps=train.logging_steps,
-        report_to=train.report_to,
-        seed=seed,
-        use_cpu=not backbone.has_gpu(),
-        remove_unused_columns=False,
         disable_tqdm=True,
-        dataloader_pin_memory=backbone.has_gpu(),
         bf16=os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",  # DeepSpeed wants both to say the same
         ddp_find_unused_parameters=False,  # an adapter has none
         ddp_broadcast_buffers=False,  # nothing writes to them

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from pages import put
 
-from peftrec import config, interactions, prepared, record, split
+from peftrec import config, prepared, record, split
+from peftrec.draws import drawn_order
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes/configs/few_shot_records.yaml"
@@ -63,7 +64,7 @@ def write_records(work: Path) -> None:
 
 
 def some(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
-    return rows[interactions.drawn_order(len(rows), seed, "few-shot records")[:count]]
+    return rows[drawn_order(len(rows), seed, "few-shot records")[:count]]
 
 
 def record_of(log: split.Log, row: int) -> dict[str, str]:

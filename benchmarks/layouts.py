@@ -24,6 +24,7 @@ from pages import put
 
 from peftrec import adapters, backbone, config, encode, interactions, scorer, split, train
 from peftrec.bootstrap import bootstrap
+from peftrec.draws import drawn_order
 from peftrec.target import Target
 from peftrec.timeline import WindowDataset, collate
 
@@ -49,7 +50,7 @@ def main() -> None:
 
     data = interactions.load(base.data, base.seed)
     log = split.split(data, base.data.split, base.seed)
-    drawn = interactions.drawn_order(len(log.user_ids), base.seed, "layouts")
+    drawn = drawn_order(len(log.user_ids), base.seed, "layouts")
     test_rows = encode.whole_users(np.flatnonzero(log.split == split.TEST), log.user, arguments.test_rows, drawn)
     learned = encode.whole_users(np.flatnonzero(log.split == split.TRAIN), log.user, arguments.events, drawn)
     few = dataclasses.replace(log, split=np.where(np.isin(np.arange(len(log)), learned), split.TRAIN, split.TEST))

@@ -18,6 +18,7 @@ from workers import serve
 
 from peftrec import adapters, artifact, assets, backbone, config, encode, interactions, scorer, split, train
 from peftrec.datasets import DATASETS
+from peftrec.draws import drawn_order
 from peftrec.errors import ModelError
 from peftrec.recommender import Recommender
 from peftrec.target import Target
@@ -42,7 +43,7 @@ def setup(device: str, folder: str) -> dict[str, Any]:
         raise ModelError(f"--device {device}: the model went to {loaded.model.device.type}; choose that")
     data = interactions.load(recipe.data, recipe.seed)
     log = split.split(data, recipe.data.split, recipe.seed)
-    drawn = interactions.drawn_order(len(log.user_ids), recipe.seed, "peers")
+    drawn = drawn_order(len(log.user_ids), recipe.seed, "peers")
     learned = encode.whole_users(np.flatnonzero(log.split == split.TRAIN), log.user, TRAINED_ON, drawn)
     few = dataclasses.replace(log, split=np.where(np.isin(np.arange(len(log)), learned), split.TRAIN, split.TEST))
     single = dataclasses.replace(

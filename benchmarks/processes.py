@@ -28,6 +28,7 @@ from scale import hardware
 
 from peftrec import adapters, backbone, config, encode, interactions, metrics, processes, scorer, split, train
 from peftrec.dealer import StepSampler
+from peftrec.draws import drawn_order
 from peftrec.target import Target
 
 ROOT = Path(__file__).parent.parent
@@ -102,7 +103,7 @@ def work(recipe: config.Recipe, folder: Path, steps: int, rows: int) -> None:
     backbone.use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     data = interactions.load(recipe.data, recipe.seed, recipe.task)
     log = split.split(data, recipe.data.split, recipe.seed)
-    drawn = interactions.drawn_order(len(log.user_ids), recipe.seed, "evaluated users")
+    drawn = drawn_order(len(log.user_ids), recipe.seed, "evaluated users")
     asked = encode.whole_users(np.flatnonzero(log.split == split.TEST), log.user, rows or 1, drawn)
     found: dict[str, Any] = {"world": state.num_processes, "rows": len(asked)}
     if rows:

@@ -45,6 +45,7 @@ from peftrec import (
     train,
 )
 from peftrec.bootstrap import bootstrap
+from peftrec.draws import drawn_order
 from peftrec.target import Target
 
 ROOT = Path(__file__).parent.parent
@@ -266,7 +267,7 @@ def on_the_whole_base(run: Path) -> dict[str, np.ndarray]:
     loaded = backbone.load(dataclasses.replace(recipe.model, load_in_4bit=False, load_in_8bit=False))
     encoder = encode.Encoder(log, recipe.prompt, loaded.tokenizer, recipe.eval.ties, task=recipe.task)
     model = adapters.load(scorer.answer_only(loaded.model, encoder.codec.answers), run / "adapter")
-    drawn = interactions.drawn_order(len(log.user_ids), recipe.seed, "evaluated users")
+    drawn = drawn_order(len(log.user_ids), recipe.seed, "evaluated users")
     tested = encode.whole_users(np.flatnonzero(log.split == split.TEST), log.user, recipe.eval.max_test_rows, drawn)
     rows, outputs = train.score(
         model, encoder.evaluate(tested, recipe.eval.history, prior), description="score on the whole base"

@@ -23,13 +23,14 @@ from pages import put
 
 from peftrec import adapters, backbone, config, encode, interactions, metrics, prompts, scorer, split, train
 from peftrec.augment import Augment
-from peftrec.bootstrap import Interval, bootstrap
+from peftrec.bootstrap import Interval, over_seeds
+from peftrec.draws import drawn_order
 from peftrec.target import fit_target
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes/configs/ml-100k/click_lora.yaml"
 SIZES, SEEDS, PER_PERSON = (64, 256), (1, 2, 3), 16
-STEPS, TOKENS, TEST_ROWS, VALID_ROWS = 20, 192, 500, 150
+STEPS, TOKENS, TEST_ROWS, VALID_ROWS = 20, 192, 1500, 150
 COMMON = {
     "score.prior": "none",
     "prompt.max_tokens": str(TOKENS),
@@ -66,7 +67,7 @@ def small(log: split.Log, k: int) -> split.Log:
     """The log with `k` training events, the first of some people."""
     kept = log.split != split.TRAIN
     left = k
-    for user in interactions.drawn_order(len(log.user_ids), 13, "small data").tolist():
+    for user in drawn_order(len(log.user_ids), 13, "small data").tolist():
         own = np.flatnonzero((log.user == user) & (log.split == split.TRAIN))[: min(left, PER_PERSON)]
         kept[own] = True
         left -= len(own)
@@ -87,7 +88,7 @@ def run(whole: split.Log, option: str, k: int, seed: int, folder: Path) -> dict[
     model = scorer.with_head(loaded.model, target.head, encoder.codec.answers)
     data = encoder.train(None, Augment.of(recipe))
     model = adapters.attach(model, recipe.adapter, base_name=loaded.base.hub_id, seed=seed, steps=STEPS)
-    drawn = interactions.drawn_order(len(log.user_ids), 13, "evaluated users")
+    drawn = drawn_order(len(log.user_ids), 13, "evaluated users")
     valid, test = (
         encode.whole_users(np.flatnonzero(log.split == code), log.user, most, drawn)
         for code, most in ((split.VALID, VALID_ROWS), (split.TEST, TEST_ROWS))
@@ -123,47 +124,41 @@ def run(whole: split.Log, option: str, k: int, seed: int, folder: Path) -> dict[
 
 
 def jobs() -> list[tuple[str, int, int]]:
-    """Option, events and seed of every run: one seed of each option, then the other seeds of the plain recipe."""
-    first = [(option, SEEDS[0]) for option in OPTIONS] + [(PLAIN, seed) for seed in SEEDS[1:]]
-    return [(option, k, seed) for k in SIZES for option, seed in first]
+    """Option, events and seed of every run, seed by seed: what is cut short has whole seeds."""
+    return [(option, k, seed) for seed in SEEDS for k in SIZES for option in OPTIONS]
 
 
 def table(found: dict[tuple[str, int, int], dict[str, Any]]) -> str:
-    """The sizes of which the plain recipe is there, and of the options whatever is."""
-    sizes = [k for k in SIZES if (PLAIN, k, SEEDS[0]) in found]
+    """Means over the seeds of which an option and the plain recipe are there."""
+    sizes = [k for k in SIZES if any((PLAIN, k, seed) in found for seed in SEEDS)]
     lines = [
-        "| option | " + " | ".join(f"AUC, K = {k} | minus none | log loss" for k in sizes) + " |",
-        "|---|" + "---:|---:|---:|" * len(sizes),
+        "| option | " + " | ".join(f"AUC, K = {k} | minus none | log loss | seeds" for k in sizes) + " |",
+        "|---|" + "---:|---:|---:|---:|" * len(sizes),
     ]
     rows: dict[str, list[str]] = {name: [] for name in (*OPTIONS, ENSEMBLE)}
     for k in sizes:
-        plain = found[PLAIN, k, SEEDS[0]]
-        there = [option for option in OPTIONS if (option, k, SEEDS[0]) in found]
-        scores = {option: np.array(found[option, k, SEEDS[0]]["score"]) for option in there}
-        if all((PLAIN, k, seed) in found for seed in SEEDS):
-            scores[ENSEMBLE] = np.mean([found[PLAIN, k, seed]["score"] for seed in SEEDS], axis=0)
-        for missing in rows.keys() - scores.keys():
-            rows[missing] += ["not run", "", ""]
-        for name, score in scores.items():
-            both = {name: score} if name == PLAIN else {name: score, PLAIN: scores[PLAIN]}
-            drawn = bootstrap(np.array(plain["label"]), both, np.array(plain["user"]))
-            minus = "" if name == PLAIN else _cell(drawn.differences[PLAIN]["auc"], sign="+")
-            rows[name] += [_cell(drawn.intervals[name]["auc"]), minus, f"{drawn.intervals[name]['log_loss'].point:.3f}"]
+        one = next(found[PLAIN, k, seed] for seed in SEEDS if (PLAIN, k, seed) in found)
+        label, user = np.array(one["label"]), np.array(one["user"])
+        for name, cells in rows.items():
+            option = PLAIN if name == ENSEMBLE else name
+            seeds = [seed for seed in SEEDS if (option, k, seed) in found and (PLAIN, k, seed) in found]
+            if not seeds or (name == ENSEMBLE and len(seeds) < len(SEEDS)):
+                cells += ["not run", "", "", ""]
+                continue
+            plain = [found[PLAIN, k, seed]["score"] for seed in seeds]
+            scores = [found[option, k, seed]["score"] for seed in seeds]
+            if name == ENSEMBLE:  # beside each of its members
+                scores = [np.mean(scores, axis=0).tolist()] * len(seeds)
+            both = {name: scores, PLAIN: plain}
+            intervals, gaps = over_seeds(label, both, user, [] if name == PLAIN else [(name, PLAIN)])
+            minus = "" if name == PLAIN else _cell(gaps[name, PLAIN]["auc"], sign="+")
+            loss = f"{intervals[name]['log_loss'].point:.3f}"
+            cells += [_cell(intervals[name]["auc"]), minus, loss, "" if name == ENSEMBLE else str(len(seeds))]
     lines += [f"| {' | '.join((name, *cells))} |" for name, cells in rows.items()]
-    one = found[PLAIN, sizes[0], SEEDS[0]]
-    spread = []
-    for k in sizes:
-        label, user = np.array(found[PLAIN, k, SEEDS[0]]["label"]), np.array(found[PLAIN, k, SEEDS[0]]["user"])
-        aucs = {
-            s: metrics.click_metrics(label, np.array(found[PLAIN, k, s]["score"]), user)["auc"]
-            for s in SEEDS
-            if (PLAIN, k, s) in found
-        }
-        spread.append(f"K = {k}: " + ", ".join(f"{auc:.3f} (seed {s})" for s, auc in aucs.items()))
     told = (
         f"{len(one['label']):,} test rows of {len(set(one['user']))} people; {STEPS} steps of one window of up to "
-        f"{TOKENS} tokens; seed {SEEDS[0]}. [low, high]: 95% interval over 1,000 resamples of the people, of "
-        f"differences on the same rows. AUC of the plain recipe: {'; '.join(spread)}."
+        f"{TOKENS} tokens. Figures are means over the seeds; [low, high]: 95% interval over 1,000 resamples of the "
+        "people, of differences on the same rows and seeds. The ensemble is the mean of the plain recipe's scores."
     )
     return "\n".join((*lines, "", told))
 

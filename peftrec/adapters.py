@@ -385,6 +385,11 @@ def load_checkpoint(model: Any, folder: str | Path) -> None:
         adalora.restore_allocator(model, allocator)
 
 
+def put_back(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Let a model be again what `training_state` found, whose tensors `state` holds copies of."""
+    _copy(state, training_state(model))
+
+
 def average_checkpoints(model: Any, folders: Sequence[str | Path]) -> None:
     """Put the mean of several checkpoints of one run onto its model: each weight by itself.
 
@@ -398,7 +403,7 @@ def average_checkpoints(model: Any, folders: Sequence[str | Path]) -> None:
             total[name] = total.get(name, torch.zeros_like(tensor, dtype=torch.float64)) + tensor.double() / len(
                 folders
             )
-    _copy(total, training_state(model))
+    put_back(model, total)
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

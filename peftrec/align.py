@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from peftrec import align_losses, config, interactions, sources
 from peftrec.artifact import public_name
 from peftrec.augment import Augment
+from peftrec.draws import drawn_order
 from peftrec.encode import Encoder
 from peftrec.errors import DataError
-from peftrec.interactions import drawn_order
 from peftrec.split import TRAIN, Log, split
 from peftrec.timeline import NO_LABEL, TimelineWindows, WindowDataset, collate
 

@@ -7,12 +7,13 @@ one longer.
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from peftrec.draws import stream
 
 if TYPE_CHECKING:
     from peftrec.config import Recipe
@@ -91,5 +92,4 @@ class Augment:
         return kept
 
     def _draws(self, purpose: str, epoch: int, window: int) -> Any:
-        # A stream for each purpose: one option does not move what another one draws.
-        return np.random.Generator(np.random.PCG64([self.seed, zlib.crc32(purpose.encode()), epoch, window]))
+        return stream(self.seed, purpose, epoch, window)

@@ -12,12 +12,13 @@ person will answer is a ridge fit of the events that are known of that person, a
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from peftrec.draws import stream
 
 Floats = npt.NDArray[np.float64]
 Codes = npt.NDArray[Any]
@@ -183,7 +184,7 @@ def _traits(user: Codes, item: Codes, items: int, seed: int) -> _Traits:
     d = min(TRAITS, users, items)
     by_user, by_item = _Grouped(user, users), _Grouped(item, items)
     weight_user, weight_item = 1 / np.sqrt(of_user)[:, None], 1 / np.sqrt(of_item + _RARE)[:, None]
-    found = np.random.Generator(np.random.PCG64([seed, zlib.crc32(b"traits")])).standard_normal((items, d))
+    found = stream(seed, "traits").standard_normal((items, d))
     for _ in range(_POWER_ROUNDS):
         people = weight_user * by_user.sums(weight_item * found, item)
         found, _ = np.linalg.qr(weight_item * by_item.sums(weight_user * people, user))
@@ -249,7 +250,7 @@ class _Draws:
 
 def _draws(user: Codes, item: Codes, value: Floats, known: Floats, traits: _Traits, seed: int) -> _Draws:
     """Gibbs sampling of items, people and variances."""
-    generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(b"draws")]))
+    generator = stream(seed, "draws")
     users, items, k = len(traits.of_people), len(known), FACTORS
     count = np.log1p(np.bincount(item, minlength=items))[:, None]
     ones = np.ones((max(users, items), 1))

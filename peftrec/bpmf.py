@@ -26,8 +26,8 @@ import numpy.typing as npt
 from peftrec import bayes_factors, boosting
 from peftrec.baselines import Earlier, History, Prior, Ties, logistic
 from peftrec.bayes_factors import KEPT_FACTORS, TRAITS, Posterior
+from peftrec.draws import drawn_order
 from peftrec.errors import DataError, ModelError
-from peftrec.interactions import drawn_order
 from peftrec.people import held_people, training_people
 
 if TYPE_CHECKING:

@@ -25,7 +25,10 @@ from peftrec.schema import Reader, dump_yaml, parse_yaml, read_yaml
 CARD = "README.md"
 FIGURES = "figures"
 AUTHOR = "card.yaml"
-_PATH_KEYS = ("output_dir", "name", "folder", "interactions", "items", "users", "records", "train", "valid", "test")
+_PATH_KEYS = (
+    *("output_dir", "name", "folder", "interactions", "items", "users", "records", "train", "valid", "test"),
+    *("adapter", "teachers"),
+)
 
 
 def is_hub_id(name: str) -> bool:

@@ -64,6 +64,10 @@ def _validate(given: argparse.Namespace) -> None:
 
         if earlier.is_local(recipe):
             earlier.find(recipe)
+    if recipe.train.teachers:
+        from peftrec import teachers
+
+        teachers.find(recipe)
     print(f"{given.config}: valid")
     for name, text in _summary(recipe):
         print(f"  {name:<8} {text}")
@@ -89,6 +93,8 @@ def _summary(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "adapter", ", ".join([method, *(f"{name} {show(value)}" for name, value in settings.items())])
         if recipe.start.adapter is not None:
             yield "start", f"{recipe.start.adapter}{', below a new adapter' if recipe.start.stack else ''}"
+        if train.teachers:
+            yield "teachers", f"{', '.join(train.teachers)}; their answers count {train.distill:g}"
         length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
         yield "train", f"{length}, learning rate {train.learning_rate:g} ({train.lr_scheduler_type})"
     curve = "" if recipe.score.calibration == "none" else f", calibrated ({recipe.score.calibration})"

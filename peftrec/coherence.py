@@ -91,6 +91,7 @@ def idle(recipe: Any) -> dict[str, str]:
         (method == "none", "adapter.method", "prompt.paraphrases"),
         (method == "none", "adapter.method", _keys(recipe.card, "card.") + " start.adapter"),
         (recipe.start.adapter is None, "start.adapter", "start.revision start.stack"),
+        (not recipe.train.teachers, "train.teachers", "train.distill"),
         (recipe.task == "rating", "task", "train.pairwise"),
         (layout == "pointwise", "prompt.layout", "train.pairwise"),
         (recipe.train.lr_scheduler_type == "constant", "train.lr_scheduler_type", "train.warmup_steps"),

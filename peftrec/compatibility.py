@@ -88,6 +88,10 @@ def _aligns(applies: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda recipe: recipe.align.used and applies(recipe)
 
 
+def _both(first: Callable[[Any], bool], second: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda recipe: first(recipe) and second(recipe)
+
+
 def _foreign_variant(method: str) -> Callable[[Any], bool]:
     return lambda recipe: recipe.adapter.method == method and recipe.adapter.variant not in (None, *VARIANTS[method])
 
@@ -120,6 +124,12 @@ SIDE_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 )
 """What side vectors of any source cannot stand with: the other keys, when, and why."""
 
+NAMES_ADAPTERS: dict[str, Callable[[Any], bool]] = {
+    "start.adapter": lambda recipe: recipe.start.adapter is not None,
+    "train.teachers": lambda recipe: bool(recipe.train.teachers),
+}
+"""Keys that name earlier adapters -> whether the recipe does."""
+
 RULES = (
     *(
         Rule(
@@ -148,18 +158,30 @@ RULES = (
         lambda recipe: recipe.adapter.method == "full" and _quantized(recipe),
         "quantized weights cannot be trained; leave out model.load_in_4bit and load_in_8bit, or train an adapter",
     ),
-    Rule(
-        "start.adapter",
-        ("adapter.method", "adapter.prefix_projection"),
-        lambda recipe: _forgets_its_training(recipe) and recipe.start.adapter is not None,
-        "what is saved under this adapter.method is not all that its training needs; take lora, bottleneck, prefix "
-        "without projection, prompt, ia3 or ln_tuning, or remove start",
+    *(
+        Rule(
+            key,
+            ("adapter.method", "adapter.prefix_projection"),
+            _both(named, _forgets_its_training),
+            "what is saved under this adapter.method is not all that its training needs; take lora, bottleneck, prefix "
+            "without projection, prompt, ia3 or ln_tuning, or remove this",
+        )
+        for key, named in NAMES_ADAPTERS.items()
+    ),
+    *(
+        Rule(
+            key,
+            ("adapter.variant", "adapter.method"),
+            _both(named, lambda recipe: recipe.adapter.variant in ("pissa", "loftq")),
+            "these variants start from the base weights; set adapter.variant: plain, or remove this",
+        )
+        for key, named in NAMES_ADAPTERS.items()
     ),
     Rule(
-        "start.adapter",
-        ("adapter.variant", "adapter.method"),
-        lambda recipe: recipe.start.adapter is not None and recipe.adapter.variant in ("pissa", "loftq"),
-        "these variants start from the base weights; set adapter.variant: plain, or remove start",
+        "train.teachers",
+        ("align.kind",),
+        lambda recipe: bool(recipe.train.teachers) and recipe.align.used,
+        "another domain's events (align.kind) have no teacher; leave one of them out",
     ),
     Rule(
         "start.stack",

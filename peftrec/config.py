@@ -393,6 +393,10 @@ class Train:
     pairwise: NotNegative = 0.0
     """Weight of a second loss beside that of each event: a window's liked events should score above its others (clicks,
     timeline). 0 leaves it out."""
+    teachers: Annotated[list[Text], Distinct] = field(default_factory=list)
+    """Runs of this recipe under other seeds: what they answer together is learned beside each event's own answer."""
+    distill: Annotated[float, Check("a share above 0, up to 1", lambda x: 0 < x <= 1)] = 0.5
+    """How much the teachers' answer counts; the rest is the event's own."""
     metric_for_best_model: Literal["loss", "auc", "uauc", "rmse", "mae"] = "loss"
     """Validation metric that chooses the checkpoint to keep."""
     logging_steps: Count = 10
@@ -574,6 +578,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     silent = {} if recipe.hub.push else {"hub.push": "hub.push"}
     silent |= {} if recipe.side.als else {"side.als": "side.als"}
     silent |= {} if recipe.align.used else {"align.kind": "align.kind"}
+    silent |= {} if recipe.train.teachers else {"train.teachers": "train.teachers"}
     return _plain(recipe, "", coherence.idle(recipe) | silent)
 
 

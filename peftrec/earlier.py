@@ -77,19 +77,21 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class Earlier:
-    """An adapter that training starts from.
+    """An adapter that training starts from, or learns from.
 
     Attributes:
         name: as the recipe has it.
         folder: where it lies here.
         base: the base model that it was trained on.
         about: its `peftrec.json`; None of one that was pretrained on text.
+        key: the recipe's key that names it, for errors.
     """
 
     name: str
     folder: Path
     base: artifact.Base
     about: artifact.Artifact | None
+    key: str = "start.adapter"
 
     def facts(self) -> dict[str, str]:
         """What a run says of it: its name without folders of this machine, and the hash of its weights."""
@@ -108,9 +110,18 @@ def find(recipe: Recipe) -> Earlier | None:
     if recipe.start.adapter is None:
         return None
     start = read(recipe.start.adapter, recipe.start.revision)
-    free = FREE_BELOW_ANOTHER if recipe.start.stack else ()
-    _check_alike(start.name, _settings(recipe.adapter), adapters.read_config(start.folder), free)
+    check_method(start, recipe)
     return start
+
+
+def check_method(start: Earlier, recipe: Recipe) -> None:
+    """Check that an earlier adapter is of the recipe's method and has its settings.
+
+    Raises:
+        ModelError: it does not.
+    """
+    free = FREE_BELOW_ANOTHER if recipe.start.stack else ()
+    _check_alike(start, _settings(recipe.adapter), adapters.read_config(start.folder), free)
 
 
 def is_local(recipe: Recipe) -> bool:
@@ -135,8 +146,8 @@ def _settings(adapter: Adapter) -> Any:
     )
 
 
-def read(name: str, revision: str | None = None) -> Earlier:
-    """The adapter of this name.
+def read(name: str, revision: str | None = None, key: str = "start.adapter") -> Earlier:
+    """The adapter of this name; `key` is the recipe's that names it.
 
     Raises:
         HubError: as `find`.
@@ -146,15 +157,13 @@ def read(name: str, revision: str | None = None) -> Earlier:
     if (folder / "adapter" / PRETRAINED).is_file():
         folder /= "adapter"
     if (folder / PRETRAINED).is_file():
-        return Earlier(name, folder, read_pretrained(folder).base_model, None)
+        return Earlier(name, folder, read_pretrained(folder).base_model, None, key)
     about = artifact.read(folder)
     if adapters.is_whole(folder):
-        raise ModelError(f"start.adapter: {name} is a whole model (adapter.method: full); expected an adapter")
+        raise ModelError(f"{key}: {name} is a whole model (adapter.method: full); expected an adapter")
     if about.side:
-        raise ModelError(
-            f"start.adapter: {name} was trained with side vectors, whose projectors would be lost; start from another"
-        )
-    return Earlier(name, folder, about.base_model, about)
+        raise ModelError(f"{key}: {name} was trained with side vectors, whose projectors would be lost; name another")
+    return Earlier(name, folder, about.base_model, about, key)
 
 
 def check(start: Earlier, task: str, base: BaseModel, target: Target, codec: Codec | WholeText) -> None:
@@ -167,23 +176,23 @@ def check(start: Earlier, task: str, base: BaseModel, target: Target, codec: Cod
     """
     if base.fingerprint != start.base.fingerprint:
         raise ModelError(
-            f"start.adapter: {start.name} was trained on {start.base.name} with fingerprint "
+            f"{start.key}: {start.name} was trained on {start.base.name} with fingerprint "
             f"{start.base.fingerprint[:16]}, and model.name {base.name} has {base.fingerprint[:16]}; expected the same "
-            "weights; set model.name to that, or start from another adapter"
+            "weights; set model.name to that, or name another adapter"
         )
     about = start.about
     if about is None or about.task != task:
         return
     if about.target.head != target.head:
         raise ModelError(
-            f"start.adapter: {start.name} has score.head: {about.target.head}, the recipe {target.head}; set it to "
-            f"{about.target.head}, or start from another adapter"
+            f"{start.key}: {start.name} has score.head: {about.target.head}, the recipe {target.head}; set it to "
+            f"{about.target.head}, or name another adapter"
         )
     if about.prompt.answers != codec.answer_texts or about.prompt.answer_ids != list(codec.answers):
         raise ModelError(
-            f"start.adapter: {start.name} answers {about.prompt.answers} (tokens {about.prompt.answer_ids}), the "
+            f"{start.key}: {start.name} answers {about.prompt.answers} (tokens {about.prompt.answer_ids}), the "
             f"recipe's answers are {codec.answer_texts} ({list(codec.answers)}); set prompt.answers to the same, or "
-            "start from another adapter"
+            "name another adapter"
         )
 
 
@@ -202,7 +211,7 @@ def take_over(model: Any, start: Earlier, task: str, *, stacked: bool = False) -
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     ours, theirs = model.peft_config["default"], adapters.read_config(start.folder)
-    _check_alike(start.name, ours, theirs, FREE_BELOW_ANOTHER if stacked else ())
+    _check_alike(start, ours, theirs, FREE_BELOW_ANOTHER if stacked else ())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fresh = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -210,7 +219,7 @@ def take_over(model: Any, start: Earlier, task: str, *, stacked: bool = False) -
         state = load_file(start.folder / adapters.WEIGHTS)
     except adapters.BROKEN as error:
         raise ModelError(
-            f"start.adapter: {start.folder / adapters.WEIGHTS} cannot be read ({one_line(error)}); fetch the adapter "
+            f"{start.key}: {start.folder / adapters.WEIGHTS} cannot be read ({one_line(error)}); fetch the adapter "
             "again"
         ) from error
     if start.about is None:
@@ -218,7 +227,7 @@ def take_over(model: Any, start: Earlier, task: str, *, stacked: bool = False) -
     if start.about is None or start.about.task != task:
         state = {key: tensor for key, tensor in state.items() if not _in_head(key, theirs)}
         state |= {key: tensor for key, tensor in fresh.items() if _in_head(key, ours)}
-    _check_layers(start.name, state, fresh, any_rank=stacked)
+    _check_layers(start, state, fresh, any_rank=stacked)
     if stacked:
         lora_start.on_top_of(model, state, lora_start.scaling(theirs))
         state = {key: tensor for key, tensor in state.items() if _in_head(key, ours)}
@@ -239,11 +248,11 @@ def _of_the_trunk(state: dict[str, torch.Tensor], fresh: dict[str, torch.Tensor]
     }
 
 
-def _check_alike(name: str, ours: Any, theirs: Any, free: tuple[str, ...]) -> None:
+def _check_alike(start: Earlier, ours: Any, theirs: Any, free: tuple[str, ...]) -> None:
     if ours.peft_type.value != theirs.peft_type.value:
         raise ModelError(
-            f"start.adapter: {name} is {theirs.peft_type.value}, the recipe's method is {ours.peft_type.value}; set "
-            "adapter.method to the same, or start from another adapter"
+            f"{start.key}: {start.name} is {theirs.peft_type.value}, the recipe's method is {ours.peft_type.value}; "
+            "set adapter.method to the same, or name another adapter"
         )
     for field, key in _ALIKE.items():
         if field in free:
@@ -251,31 +260,31 @@ def _check_alike(name: str, ours: Any, theirs: Any, free: tuple[str, ...]) -> No
         mine, found = getattr(ours, field, None), getattr(theirs, field, None)
         if mine != found:
             raise ModelError(
-                f"start.adapter: {name} has {field} {found}, the recipe's adapter {mine}; set {key} to the same, or "
-                "start from another adapter"
+                f"{start.key}: {start.name} has {field} {found}, the recipe's adapter {mine}; set {key} to the same, "
+                "or name another adapter"
             )
     if any(getattr(theirs, pattern, None) for pattern in ("rank_pattern", "alpha_pattern")):
         raise ModelError(
-            f"start.adapter: {name} has ranks of its own for some layers, which no recipe can say; start from another "
+            f"{start.key}: {start.name} has ranks of its own for some layers, which no recipe can say; name another "
             "adapter"
         )
 
 
 def _check_layers(
-    name: str, found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], *, any_rank: bool
+    start: Earlier, found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], *, any_rank: bool
 ) -> None:
     odd = sorted(found.keys() ^ wanted.keys())
     if odd:
         whose = "is in it alone" if odd[0] in found else "is missing in it"
         raise ModelError(
-            f"start.adapter: {name} trains other layers than the recipe's adapter ({odd[0]} {whose}); set "
-            "adapter.target_modules to the same, or start from another adapter"
+            f"{start.key}: {start.name} trains other layers than the recipe's adapter ({odd[0]} {whose}); set "
+            "adapter.target_modules to the same, or name another adapter"
         )
     for key, tensor in wanted.items():
         if not any_rank and found[key].shape != tensor.shape:
             raise ModelError(
-                f"start.adapter: {name} has {key} of shape {tuple(found[key].shape)}, the recipe's adapter of "
-                f"{tuple(tensor.shape)}; start from another adapter"
+                f"{start.key}: {start.name} has {key} of shape {tuple(found[key].shape)}, the recipe's adapter of "
+                f"{tuple(tensor.shape)}; name another adapter"
             )
 
 

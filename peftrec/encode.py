@@ -13,8 +13,8 @@ import numpy as np
 
 from peftrec import config, kept
 from peftrec.augment import Augment
+from peftrec.draws import drawn_order
 from peftrec.errors import DataError, ModelError
-from peftrec.interactions import drawn_order
 from peftrec.prompts import (
     ANSWER_MARK,
     LINE_END,

@@ -7,12 +7,13 @@ but the row itself, or those before it.
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from peftrec.draws import stream
 
 Floats = npt.NDArray[np.float64]
 Codes = npt.NDArray[Any]
@@ -173,7 +174,7 @@ def _factors(
 ) -> Floats:
     """Factors of items (items, k) by alternating least squares."""
     users, items = sizes
-    generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(b"factors")]))
+    generator = stream(seed, "factors")
     of_items: Floats = generator.random((items, k)) - 0.5
     by_user, by_item = _Grouped(user, item, residual, users), _Grouped(item, user, residual, items)
     for _ in range(_FACTOR_ROUNDS):

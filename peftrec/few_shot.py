@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from peftrec import adapters, backbone, baselines, click_factors, config, earlier, encode, scorer, train
 from peftrec.augment import Augment
+from peftrec.draws import drawn_order
 from peftrec.encode import Encoder
-from peftrec.interactions import drawn_order
 from peftrec.ranking import Floats, Ints
 from peftrec.rating_baselines import RatingSettings
 from peftrec.split import TEST, TRAIN, Log

@@ -7,7 +7,6 @@ be right is an error; what can be mended by leaving rows out is, and `Interactio
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import polars as pl
 
 from peftrec import negatives, sources, tables
 from peftrec.config import Data
+from peftrec.draws import drawn_order
 from peftrec.errors import DataError
 from peftrec.schema import nearest
 from peftrec.sources import Task
@@ -131,13 +131,6 @@ def rating_scale(ratings: pl.Series, where: str, limits: Sequence[float] | None)
             f"{MOST_RATINGS}, each of which is an answer of the model: round them, for example to halves"
         )
     return tuple(found.tolist())
-
-
-def drawn_order(n: int, seed: int, purpose: str) -> np.ndarray:
-    """The numbers below `n` in an order (n,) that `seed` and `purpose` fix on every machine."""
-    generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(purpose.encode())]))
-    # Not Generator.permutation, whose way of shuffling may change between versions of numpy.
-    return np.argsort(generator.random(n), kind="stable")
 
 
 def sorted_order(key: np.ndarray, value: np.ndarray) -> np.ndarray:

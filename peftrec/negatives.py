@@ -7,10 +7,10 @@ later event is looked at to weigh an item. What nobody had met by then is never 
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
 import polars as pl
+
+from peftrec.draws import stream
 
 ROUNDS = 200
 """Draws of one negative before it is given up: its person has met nearly everything that was there."""
@@ -40,7 +40,7 @@ def beside(events: pl.DataFrame, each: int, seed: int) -> tuple[pl.DataFrame, in
     drawn = np.full(len(row), -1, dtype=np.int64)
     open_ = np.arange(len(row))
     taken = np.empty(0, dtype=np.int64)  # what the moments that are still open have drawn
-    generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(b"negatives")]))
+    generator = stream(seed, "negatives")
     for _ in range(ROUNDS):
         event = row[open_]
         one = known[(generator.random(len(open_)) * there[event]).astype(np.int64)]

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DataCollatorForLanguageModeling, Trainer
 
 from peftrec import adapters, backbone, config, processes, train
+from peftrec.draws import drawn_order
 from peftrec.errors import ConfigError, DataError, ModelError
-from peftrec.interactions import drawn_order
 from peftrec.target import Target
 
 CHUNK = 128  # positions whose logits are held at once

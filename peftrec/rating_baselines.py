@@ -25,9 +25,9 @@ import numpy.typing as npt
 
 from peftrec import factors
 from peftrec.baselines import RANKING_ONLY, History, Ties
+from peftrec.draws import drawn_order
 from peftrec.errors import ModelError
 from peftrec.factors import Floats, Items, Penalties
-from peftrec.interactions import drawn_order
 
 if TYPE_CHECKING:
     from peftrec.split import Log

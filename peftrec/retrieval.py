@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from peftrec.baselines import History
 from peftrec.bootstrap import Bootstrap, UserMeans, resample
+from peftrec.draws import drawn_order
 from peftrec.errors import DataError
-from peftrec.interactions import drawn_order
 from peftrec.ranking import Bools, Floats, Ints
 from peftrec.split import TEST, TRAIN, Log
 

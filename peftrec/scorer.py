@@ -312,7 +312,8 @@ def interaction_loss(
     outputs, prior, label = read_outputs(model, batch, dtype), batch["prior"][read], batch["labels"][read]
     if "reads" in batch:  # also where nothing is to be learned
         outputs = outputs[read[batch["reads"]]]
-    total = target.losses(outputs, prior, label).sum()
+    taught = batch["taught"][read] if "taught" in batch else None
+    total = target.losses(outputs, prior, label, taught).sum()
     if pairwise:
         # Rows hold windows of several people: numbered apart, also from those of the batch's other rows.
         length = read.shape[1]

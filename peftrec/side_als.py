@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from peftrec import factors, rating_baselines
 from peftrec.baselines import History, Ties
+from peftrec.draws import drawn_order
 from peftrec.factors import Floats, Items, Penalties
-from peftrec.interactions import drawn_order
 from peftrec.side_files import Singles
 
 if TYPE_CHECKING:

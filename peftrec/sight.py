@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from peftrec.interactions import drawn_order
+from peftrec.draws import drawn_order
 
 if TYPE_CHECKING:
     from peftrec.split import Log

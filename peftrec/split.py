@@ -13,8 +13,9 @@ import numpy as np
 import polars as pl
 
 from peftrec import config
+from peftrec.draws import drawn_order
 from peftrec.errors import DataError
-from peftrec.interactions import CLICK_SCALE, Interactions, drawn_order, sorted_order
+from peftrec.interactions import CLICK_SCALE, Interactions, sorted_order
 
 MOST_OF_ONE = 16  # training events of one person, where there are to be few
 SPLITS = ("train", "valid", "test")

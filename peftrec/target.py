@@ -14,6 +14,7 @@ that a model whose outputs are all equal predicts what the prior predicts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,13 +69,48 @@ class Target:
             return outputs[..., 1] - outputs[..., 0] + self.slope * (prior - self.centre)
         return torch.softmax(self._logits(outputs, prior), dim=-1) @ self._scale(outputs)
 
-    def losses(self, outputs: torch.Tensor, prior: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """Loss of each event, (...); `label` (...) is the index of its answer."""
+    def losses(
+        self,
+        outputs: torch.Tensor,
+        prior: torch.Tensor,
+        label: torch.Tensor,
+        taught: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Loss of each event, (...); `label` (...) is the index of its answer.
+
+        `taught`, (..., M), is what the answer is taken for in its place, in the form of `own`.
+        """
+        if taught is None and self.forms > 1:
+            return F.cross_entropy(self._logits(outputs, prior), label, reduction="none")
+        goal = self.own(label) if taught is None else taught
         if self.task == "click":
-            return F.binary_cross_entropy_with_logits(self.score(outputs, prior), label.float(), reduction="none")
-        if self.loss == "squared_error":
-            return (self.score(outputs, prior) - self._scale(outputs)[label]) ** 2
-        return F.cross_entropy(self._logits(outputs, prior), label, reduction="none")
+            return F.binary_cross_entropy_with_logits(self.score(outputs, prior), goal[..., 0], reduction="none")
+        if self.forms == 1:
+            return (self.score(outputs, prior) - goal[..., 0]) ** 2
+        return F.cross_entropy(self._logits(outputs, prior), goal, reduction="none")
+
+    @property
+    def forms(self) -> int:
+        """Numbers by which the loss is told what an event's answer is, M: a chance, a rating, or a share of each."""
+        return len(self.scale) if self.task == "rating" and self.loss == "cross_entropy" else 1
+
+    def own(self, label: torch.Tensor) -> torch.Tensor:
+        """The answers of index `label` (...) as the loss is told them, (..., M) float32."""
+        if self.forms > 1:
+            return F.one_hot(label, self.forms).float()
+        return (label.float() if self.task == "click" else self._scale(label)[label])[..., None]
+
+    def agreed(self, several: Sequence[npt.NDArray[np.float32]], prior: npt.ArrayLike | None) -> Floats:
+        """What several models' outputs, (n, K) each, come to in the form of `own`, (n, M).
+
+        The mean of their scores as `ensemble.Ensemble` takes it, or of their distributions where those are trained.
+        """
+        told = [self._tensors(outputs, prior) for outputs in several]
+        if self.forms > 1:
+            mean = torch.stack([torch.softmax(self._logits(*one), dim=-1) for one in told]).mean(dim=0)
+        else:
+            mean = torch.stack([self.score(*one) for one in told]).mean(dim=0)[..., None]
+        return (torch.sigmoid(mean) if self.task == "click" else mean).numpy().astype(np.float64)
 
     def answers(self, outputs: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
         """What the most probable answer stands for, (...); of a linear head the value nearest to its score."""

@@ -348,8 +348,12 @@ class WindowDataset:
         prior: log-odds to add to the model's, by row of the log, (n,), or None.
         max_tokens: tokens of a row.
         rows: which windows are in each row, where they have been packed before.
+
+    Attributes:
+        taught: what answers are taken for in their place, by row of the log (n, M): see `teachers.taught`.
     """
 
+    taught: np.ndarray | None = None
     rows: Pieces | Sequence[Sequence[int]]
 
     def __init__(
@@ -410,6 +414,8 @@ class WindowDataset:
         read = row["row"] >= 0
         row["labels"] = np.where(read, self.label[row["row"]], NO_LABEL).astype(np.int64)
         row["prior"] = np.where(read, self.prior[row["row"]], 0.0).astype(np.float32)
+        if self.taught is not None:
+            row["taught"] = np.where(read[:, None], self.taught[row["row"]], np.float32(0))
         return row
 
 
@@ -421,6 +427,9 @@ def collate(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
     padding = {"row": -1, "labels": NO_LABEL, "segment": -1}
     batch = {}
     for key in rows[0]:
-        padded = [np.pad(row[key], (0, longest - len(row[key])), constant_values=padding.get(key, 0)) for row in rows]
+        padded = []
+        for row in rows:
+            room = [(0, longest - len(row[key])), *[(0, 0)] * (row[key].ndim - 1)]
+            padded.append(np.pad(row[key], room, constant_values=padding.get(key, 0)))
         batch[key] = torch.from_numpy(np.stack(padded))
     return batch

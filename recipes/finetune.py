@@ -49,10 +49,12 @@ from peftrec import (
     side,
     side_vectors,
     split,
+    teachers,
     train,
     virtual_tokens,
 )
 from peftrec.augment import Augment
+from peftrec.draws import drawn_order
 from peftrec.errors import ConfigError, DataError, as_one_line
 from peftrec.exposure import exposure
 from peftrec.recommender import Recommender
@@ -75,6 +77,7 @@ class Learner:
         model: what is asked; an adapter's from when one has been attached.
         beside: side vectors, if the recipe has any.
         start: the adapter that training starts from, if the recipe names one.
+        teachers: earlier runs whose answers are learned, too.
     """
 
     target: Target
@@ -83,6 +86,7 @@ class Learner:
     model: Any
     beside: side_vectors.OfRun | None
     start: earlier.Earlier | None
+    teachers: list[earlier.Earlier]
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ def _learner(recipe: config.Recipe, log: split.Log, known: opponents.Opponents, 
     beside = side_vectors.of_run(log, recipe) if recipe.side.used else None
     methods.check(recipe.adapter)
     backbone.check(recipe)
-    start = earlier.find(recipe)
+    start, elders = earlier.find(recipe), teachers.find(recipe)
     learned = log.split == split.TRAIN
     target = fit_target(
         recipe.task,
@@ -208,15 +212,15 @@ def _learner(recipe: config.Recipe, log: split.Log, known: opponents.Opponents, 
         side=beside,
     )
     model = scorer.with_head(loaded.model, target.head, encoder.codec.answers)
-    if start is not None:
-        earlier.check(start, recipe.task, loaded.base, target, encoder.codec)
+    for one in (*([start] if start else []), *elders):
+        earlier.check(one, recipe.task, loaded.base, target, encoder.codec)
     say(
         f"model: {loaded.base.name}, {loaded.base.parameters / 1e6:.0f} M parameters in {loaded.base.dtype}, "
         f"on {model.device}"
     )
     if loaded.base.dtype == "bfloat16" and not backbone.has_bfloat16():
         say("warning: this processor has no bfloat16 of its own and is slow in it; model.dtype: auto takes float32")
-    return Learner(target, loaded, encoder, model, beside, start)
+    return Learner(target, loaded, encoder, model, beside, start, elders)
 
 
 def _learn_and_score(
@@ -232,7 +236,7 @@ def _learn_and_score(
 ) -> Outcome:
     """Train an adapter, if the recipe has one, and score the reported rows with it and without."""
     encoder, state = learner.encoder, processes.group()
-    drawn = interactions.drawn_order(len(log.user_ids), recipe.seed, "evaluated users")
+    drawn = drawn_order(len(log.user_ids), recipe.seed, "evaluated users")
     valid_rows, test_rows = (
         encode.whole_users(log.rows(code), log.user, most, drawn)
         for code, most in ((split.VALID, recipe.eval.max_valid_rows), (split.TEST, recipe.eval.max_test_rows))
@@ -267,6 +271,18 @@ def _learn_and_score(
             say(
                 f"align: {recipe.align.kind}, beside {alignment.rows.events:,} events without answers in "
                 f"{len(alignment.rows):,} rows"
+            )
+        if learner.teachers:
+            plain = encoder.train(known.prior, None)
+            data_train.taught = teachers.taught(
+                learner.model,
+                learner.teachers,
+                plain,
+                log,
+                known.prior,
+                learner.target,
+                recipe.train.distill,
+                processes=state,
             )
         fitted = train.fit(
             learner.model,
@@ -361,6 +377,7 @@ def _write(
             "bytes": adapters.file_bytes(folder / "adapter"),
             **({} if learner.start is None else {"started_from": learner.start.facts()}),
             **({} if outcome.alignment is None else {"aligned_with": outcome.alignment.facts()}),
+            **({} if not learner.teachers else {"taught_by": teachers.facts(learner.teachers, recipe.train.distill)}),
         }
     beside = learner.beside
     record.write_record(

@@ -14,6 +14,7 @@ import dataclasses
 import os
 
 from peftrec import backbone, config, encode, interactions, opponents, processes, report, split
+from peftrec.draws import drawn_order
 from peftrec.errors import ConfigError, as_one_line
 
 
@@ -37,7 +38,7 @@ def main() -> None:
     known = opponents.measure(log, asked)
     if not state.is_main_process:
         return
-    drawn = interactions.drawn_order(len(log.user_ids), recipe.seed, "evaluated users")
+    drawn = drawn_order(len(log.user_ids), recipe.seed, "evaluated users")
     rows = encode.whole_users(log.rows(split.TEST), log.user, recipe.eval.max_test_rows, drawn)
     for warning in data.warnings:
         print(f"warning: {warning}")

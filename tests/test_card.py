@@ -425,7 +425,8 @@ def test_paths_are_cut_to_their_last_part() -> None:
 
 def test_the_recipe_is_word_for_word_otherwise() -> None:
     data = "data: {name: mind, folder: /home/ann/MIND}"
-    text = f"# mine\ntask: click\n{data}\noutput_dir: '/tmp/it''s here'  # there\nseed: 013\n"
+    earlier = "start: {adapter: /home/ann/old}\ntrain: {teachers: [/home/ann/one, ns/two]}"
+    text = f"# mine\ntask: click\n{data}\n{earlier}\noutput_dir: '/tmp/it''s here'  # there\nseed: 013\n"
     expected = text.replace("'/tmp/it''s here'", "it's here").replace("/home/ann/", "")
     assert public_recipe(dataclasses.replace(facts(), recipe=text)) == expected
 

@@ -106,6 +106,10 @@ CASES: list[tuple[dict[str, Any], str]] = [
         {"align": ALIGN, "prompt": {"layout": "pointwise"}},
         "align.kind: coral; it looks at the states of a timeline's events; set prompt.layout: timeline, or",
     ),
+    (
+        {"align": ALIGN, "train": {"teachers": ["x"]}},
+        "train.teachers: ['x']; another domain's events (align.kind) have",
+    ),
     ({"align": ALIGN, "side": {"als": True}}, "align.kind: coral; the other domain has no side vectors"),
     (
         {

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from peftrec import interactions
 from peftrec.config import Data, Split
+from peftrec.draws import drawn_order
 from peftrec.errors import DataError
-from peftrec.interactions import Interactions, drawn_order, sorted_order
+from peftrec.interactions import Interactions, sorted_order
 
 EVENTS = {
     "user_id": ["b", "a", "b", "c"],

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftrec import factors, rating_baselines
+from peftrec.draws import drawn_order
 from peftrec.errors import ModelError
-from peftrec.interactions import drawn_order
 from peftrec.rating_baselines import NAMES, RatingPrior, RatingSettings
 from peftrec.split import Log
 

@@ -251,6 +251,30 @@ def test_clicks_alone(tables: Path, tiny_llama_folder: Path, tmp_path: Path) -> 
     assert " no" not in shown
 
 
+def test_seeds_teach_one_adapter(
+    tables: Path, tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pupil of two seeds learns something else than alone and says who taught it."""
+    data = f"{{interactions: {tables}/ratings.csv, items: {tables}/films.csv, {COLUMNS}}}"
+    path = own_recipe(tmp_path, tiny_llama_folder, tmp_path / "alone", data=data, prompt="overlap: 64")
+    elders = [tmp_path / "one", tmp_path / "two"]
+    for seed, run in enumerate([*elders, tmp_path / "alone"], 1):
+        finetune("--config", path, "--seed", seed, "--output_dir", run)
+    taught = ("--seed", "3", "--train.teachers", json.dumps(list(map(str, elders))), "--train.distill", "0.75")
+    finetune("--config", path, *taught, "--output_dir", tmp_path / "pupil")
+    facts = check_folder(tmp_path / "pupil").adapter["taught_by"]
+    assert facts["share"] == 0.75
+    assert [one["name"] for one in facts["runs"]] == ["one", "two"]
+    weights = [load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("pupil", "alone")]
+    assert not all(np.array_equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert "taken for 0.25 of its own and 0.75 of what 2" in (tmp_path / "pupil/adapter/README.md").read_text()
+    assert cli.main(["validate", str(path), *taught]) == 0
+    assert "their answers count 0.75" in capsys.readouterr().out
+    other = finetune("--config", path, *taught, "--data.split.test", "0.3", "--output_dir", tmp_path / "x", expect=2)
+    assert "another section data than this recipe" in other.stderr
+    assert not (tmp_path / "x").exists()
+
+
 def test_prompt_records(tables: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = f"{{records: {tables}/records.jsonl, split: {{kind: kfold, folds: 4, valid: 0.2}}}}"
     path = own_recipe(tables, tiny_llama_folder, tmp_path / "run", data=data, prompt="layout: pointwise")

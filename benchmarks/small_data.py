@@ -55,11 +55,12 @@ OPTIONS: dict[str, dict[str, str]] = {
     "FGM": {"train.fgm_epsilon": "1.0"},
     "checkpoints averaged": {"train.average_checkpoints": "3"},
 }
-PLAIN, ENSEMBLE = "none of them", "ensemble of seeds"
+PLAIN, ENSEMBLE, TAUGHT = "none of them", "ensemble of seeds", "taught by the ensemble"
+SHARE = 0.5  # of the teachers' answer
 
 
 def recipe_of(option: str, seed: int) -> config.Recipe:
-    changed = {**COMMON, **OPTIONS[option], "seed": str(seed)}
+    changed = {**COMMON, **OPTIONS.get(option, {}), "seed": str(seed)}
     return config.load_recipe(RECIPE, [part for key, value in changed.items() for part in (f"--{key}", value)])
 
 
@@ -78,7 +79,7 @@ def small(log: split.Log, k: int) -> split.Log:
 
 
 def run(whole: split.Log, option: str, k: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Train once, and score the test rows."""
+    """Train once, and score the test rows; the plain runs' weights stay in `folder` as teachers."""
     began = time.perf_counter()
     recipe, log = recipe_of(option, seed), small(whole, k)
     learned = log.split == split.TRAIN
@@ -88,6 +89,8 @@ def run(whole: split.Log, option: str, k: int, seed: int, folder: Path) -> dict[
     model = scorer.with_head(loaded.model, target.head, encoder.codec.answers)
     data = encoder.train(None, Augment.of(recipe))
     model = adapters.attach(model, recipe.adapter, base_name=loaded.base.hub_id, seed=seed, steps=STEPS)
+    if option == TAUGHT:
+        data.taught = taught(model, data, log, target, [folder / f"teacher-{k}-{one}" for one in SEEDS])
     drawn = drawn_order(len(log.user_ids), 13, "evaluated users")
     valid, test = (
         encode.whole_users(np.flatnonzero(log.split == code), log.user, most, drawn)
@@ -113,6 +116,10 @@ def run(whole: split.Log, option: str, k: int, seed: int, folder: Path) -> dict[
     )
     rows, outputs = train.score(model, wide.evaluate(test, "streaming", None), description="score")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if option == PLAIN:
+        teacher = folder / f"teacher-{k}-{seed}"
+        teacher.mkdir(exist_ok=True)
+        adapters.save_checkpoint(model, teacher)
     return {
         "score": np.round(target.measure(outputs, None)[0], 5).tolist(),
         "label": log.label[rows].tolist(),
@@ -123,9 +130,24 @@ def run(whole: split.Log, option: str, k: int, seed: int, folder: Path) -> dict[
     }
 
 
+def taught(model: Any, data: Any, log: split.Log, target: Any, folders: list[Path]) -> np.ndarray:
+    """What `train.teachers` would make of these runs, of which nobody saved an adapter: see `teachers.taught`."""
+    fresh = {name: tensor.clone() for name, tensor in adapters.training_state(model).items()}
+    several = []
+    for folder in folders:
+        adapters.load_checkpoint(model, folder)
+        rows, outputs = train.score(model, data, description="teacher")
+        several.append(outputs)
+    adapters.put_back(model, fresh)
+    goal = np.zeros((len(log), 1), dtype=np.float32)
+    goal[rows, 0] = (1 - SHARE) * log.label[rows] + SHARE * target.agreed(several, None)[:, 0]
+    return goal
+
+
 def jobs() -> list[tuple[str, int, int]]:
-    """Option, events and seed of every run, seed by seed: what is cut short has whole seeds."""
-    return [(option, k, seed) for seed in SEEDS for k in SIZES for option in OPTIONS]
+    """Option, events and seed of every run: the plain ones, which teach, then seed by seed, so that those are whole."""
+    plain = [(PLAIN, k, seed) for k in SIZES for seed in SEEDS]
+    return plain + [(one, k, seed) for seed in SEEDS for k in SIZES for one in (*OPTIONS, TAUGHT) if one != PLAIN]
 
 
 def table(found: dict[tuple[str, int, int], dict[str, Any]]) -> str:
@@ -135,7 +157,7 @@ def table(found: dict[tuple[str, int, int], dict[str, Any]]) -> str:
         "| option | " + " | ".join(f"AUC, K = {k} | minus none | log loss | seeds" for k in sizes) + " |",
         "|---|" + "---:|---:|---:|---:|" * len(sizes),
     ]
-    rows: dict[str, list[str]] = {name: [] for name in (*OPTIONS, ENSEMBLE)}
+    rows: dict[str, list[str]] = {name: [] for name in (*OPTIONS, ENSEMBLE, TAUGHT)}
     for k in sizes:
         one = next(found[PLAIN, k, seed] for seed in SEEDS if (PLAIN, k, seed) in found)
         label, user = np.array(one["label"]), np.array(one["user"])
@@ -158,7 +180,8 @@ def table(found: dict[tuple[str, int, int], dict[str, Any]]) -> str:
     told = (
         f"{len(one['label']):,} test rows of {len(set(one['user']))} people; {STEPS} steps of one window of up to "
         f"{TOKENS} tokens. Figures are means over the seeds; [low, high]: 95% interval over 1,000 resamples of the "
-        "people, of differences on the same rows and seeds. The ensemble is the mean of the plain recipe's scores."
+        "people, of differences on the same rows and seeds. The ensemble is the mean of the plain recipe's scores, "
+        f"and what it says of the training events is {SHARE:g} of what is learned in the last line."
     )
     return "\n".join((*lines, "", told))
 

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,11 @@ from peftrec import (
     backbone,
     baselines,
     calibration,
-    card,
     config,
     earlier,
     encode,
     figures,
-    hub,
+    handover,
     interactions,
     methods,
     metrics,
@@ -57,13 +55,10 @@ from peftrec.augment import Augment
 from peftrec.draws import drawn_order
 from peftrec.errors import ConfigError, DataError, as_one_line
 from peftrec.exposure import exposure
-from peftrec.recommender import Recommender
 from peftrec.target import Target, fit_target
 from peftrec.user_groups import user_groups
 
-PROBES = 8  # questions whose scores are saved with the adapter
 Say = Callable[[str], None]  # print on the main process
-MOST_CANDIDATES = {"timeline": 2000, "pointwise": 50}  # ranked at the end for one person; a prompt each is slow
 
 
 @dataclass
@@ -163,12 +158,12 @@ def main() -> None:
     if about is not None:
         encoder = learner.encoder
         del learner  # two models at once need not fit
-        _probe(folder / "adapter", about, known, encoder, log, recipe)
-        _write_card(folder, recipe.hub.repo_id)
+        handover.probe(folder / "adapter", about, known.saved_prior, encoder, log, recipe)
+        handover.write_card(folder, recipe.hub.repo_id)
         if log.prompts is None:
-            _recommend(folder / "adapter", log, recipe)
+            handover.recommend(folder / "adapter", log, recipe)
     if recipe.hub.push:
-        _push(folder, recipe.hub)
+        handover.push(folder, recipe.hub)
     print(f"\neverything is in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
@@ -516,98 +511,6 @@ def _save(folder: Path, learner: Learner, about: artifact.Artifact, prior: Any) 
         side.save(learner.model, scratch, learner.beside.sources)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
-
-
-def _probe(
-    folder: Path,
-    about: artifact.Artifact,
-    known: opponents.Opponents,
-    encoder: encode.Encoder,
-    log: split.Log,
-    recipe: config.Recipe,
-) -> None:
-    """Load the adapter in float32 and keep what it answers to a few questions, for others to check their copy by."""
-    recommender = Recommender.from_pretrained(
-        folder, items=log.items, dtype="float32", prior=False, trust_remote_code=recipe.model.trust_remote_code
-    )
-    probes: list[artifact.Probe] = []
-    record_probes: list[artifact.RecordProbe] = []
-    if log.prompts is not None:
-        asked = encoder.records_of(PROBES, recipe.seed)
-        scores = recommender.score([], asked).tolist()
-        record_probes = [artifact.RecordProbe(one, score) for one, score in zip(asked, scores, strict=True)]
-    else:
-        for history, candidate in encoder.questions_of(PROBES, recipe.seed):
-            told = [(text, encoder.codec.answer_texts[answer]) for text, answer in history]
-            (score,) = recommender.score(told, [candidate])
-            ids = recommender.item_ids(told, [candidate]) if about.side else []
-            probes.append(artifact.Probe(history, candidate, float(score), ids))
-    about = dataclasses.replace(about, probes=probes, record_probes=record_probes)
-    artifact.write(folder, about, known.saved_prior)
-
-
-def _push(folder: Path, how: config.Hub) -> None:
-    """Publish the adapter; whatever goes wrong, the run has not failed."""
-    try:
-        done = hub.push(
-            folder,
-            how.repo_id or "",
-            private=how.private,
-            revision=how.revision,
-            create_pr=how.create_pr,
-            tag=how.tag,
-            commit_message=how.commit_message,
-            allow=how.allow,
-        )
-    except Exception as error:  # hours of training must not look lost for any reason that there may be
-        reason = " ".join((str(error) or type(error).__name__).split("\n")[0].split())
-        print(f"warning: hub.push: {reason}; the run is complete; push it later: {how.command(folder)}")
-    else:
-        print(f"\n{done.pr_url or done.url}: published{f' as {done.commit}' if done.commit else ''}")
-
-
-def _write_card(folder: Path, repo_id: str | None = None) -> None:
-    on_hub = repo_id is not None and "/" in repo_id and not repo_id.startswith("file:")
-    try:
-        card.write(folder, repo_id=repo_id if on_hub else None)
-    except Exception as error:  # whatever it is, the run is not lost for it
-        reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"warning: no model card ({reason}); the run is complete; peftrec card {folder} tries again")
-
-
-def _recommend(folder: Path, log: split.Log, recipe: config.Recipe) -> None:
-    """The best items for one person, if possible one without training events, beside what that person liked."""
-    log = log.keep(log.met)
-    count = np.bincount(log.user[log.split == split.TEST], minlength=len(log.user_ids))
-    new = count.copy()
-    new[log.user[log.split == split.TRAIN]] = 0
-    person = int(np.argmax(new if new.any() else count))
-    known, later = np.array_split(np.flatnonzero(log.user == person), 2)
-    recommender = Recommender.from_pretrained(folder, items=log.items, trust_remote_code=recipe.model.trust_remote_code)
-    ids = log.items["item_id"].to_list()
-    # A large catalogue is cut to the items with the most training events.
-    popular = np.argsort(-np.bincount(log.item[log.split == split.TRAIN], minlength=len(ids)), kind="stable")
-    candidates = [ids[code] for code in popular[: MOST_CANDIDATES[recipe.prompt.layout]].tolist()]
-    k = recipe.eval.recommend_k
-    words = ["disliked", "liked"] if recipe.task == "click" else [f"{rating:g}" for rating in log.scale]
-    about = None
-    if recipe.prompt.user is not None and log.users is not None:
-        about = log.users.row(person, named=True)
-    best = recommender.rank(
-        [(ids[log.item[row]], log.scale[log.label[row]]) for row in known], candidates, k=k, user=about
-    )
-    told = {ids[log.item[row]]: words[log.label[row]] for row in later}
-    titles = encode.item_texts(log.items, recipe.prompt.item)
-    highest = len(log.scale) - 1
-    before = [titles[log.item[row]] for row in known if log.label[row] == highest][: -k - 1 : -1]
-    whom = "nobody trained on" if new.any() else "seen in training"
-    print(f"\nperson {log.user_ids[person]} ({whom}): {len(known)} events known, {len(later)} later ones kept back")
-    likes, figure = (f"rated {words[-1]}", "rating") if recipe.task == "rating" else ("liked", "chance")
-    print(f"  {likes + ' before, latest first':<40}  {'best of ' + str(len(candidates)):<40}  {figure}  later")
-    for old, one in zip_longest(before, best):
-        shown = 0.0 if one is None else one.score if one.probability is None else one.probability
-        right = f"{one.title[:40]:<40}  {shown:6.2f}  {told.get(one.item_id, '-')}" if one else ""
-        print(f"  {(old or '')[:40]:<40}  {right}".rstrip())
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ ORDER = (
     "transfer_report",
     "recommender",
     "ensemble",
+    "handover",
     "retrieval_run",
     "histories",
     "pairs",

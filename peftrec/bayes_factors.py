@@ -12,7 +12,7 @@ person will answer is a ridge fit of the events that are known of that person, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ _FIRST_ROUNDS, _ROUNDS = 25, 24  # that are forgotten, and that are averaged
 _SIDE_PENALTY = 5.0  # on weights of side information, in units of the factors' own variance
 _POWER_ROUNDS = 12
 _RARE = 10.0  # events at the centre that an item's traits start from
+_UNLEANING = 1.0  # events by which an item's leanings start from nothing
 _LARGEST_TRAIT = 100.0  # of an item that one person alone has met, among very many people
 _LEAST_BETWEEN = 0.01  # of what differs within people: less than that between them is taken for noise
 _ROUNDING = 1e-12
@@ -118,6 +119,10 @@ class Posterior:
         leaning = np.sum(self.leanings[asked] * people[of_row], axis=1)
         return self._answers(self.effect[asked] + leaning + np.sum(self.factors[asked] * parts[of_row], axis=1))
 
+    def penalised(self, penalty: float) -> Posterior:
+        """The same with another penalty on the part of a person than one: factors in other units do it."""
+        return replace(self, factors=np.round(self.factors / np.sqrt(penalty), _DIGITS))
+
     def _standard(self, answers: Floats) -> Floats:
         return (answers - self.mean) / self.deviation
 
@@ -149,13 +154,16 @@ def fit(user: Codes, item: Codes, answer: Floats, known: Floats, middle: float, 
         return Posterior(mean, deviation, np.zeros(items + 1), nothing, nothing, nothing, np.zeros(0))
     traits = _traits(user, item, items, seed)
     draws = _draws(user, item, value, known, traits, seed)
+    # Whoever chose an item that nobody else has met liked it better than others of such a taste would.
+    met = np.bincount(item, minlength=items)
+    leanings = draws.leanings * (met / (met + _UNLEANING))[:, None]
     return Posterior(
         mean,
         deviation,
         _kept(draws.effect),
         _kept(draws.factors(item)),
         _kept(traits.of_items),
-        _kept(draws.leanings),
+        _kept(leanings),
         traits.shrinkage,
     )
 

@@ -40,6 +40,12 @@ def test_answers_by_hand() -> None:
     assert told == pytest.approx([3 + 2 * (0.25 / 2 + 0.25), 3])
 
 
+def test_a_penalty_of_three_halves_what_a_person_keeps() -> None:
+    # 1 / (1 + 3) where it was 1 / (1 + 1).
+    told = BY_HAND.penalised(3.0).told(np.array([0]), np.array([5.0]), np.array([1]))
+    assert told == pytest.approx([3 + 2 * (0.25 / 2 + 0.125)], abs=1e-5)
+
+
 def test_of_nobody_known_the_effects_are_told() -> None:
     nothing = np.zeros(0, dtype=np.int64)
     assert BY_HAND.told(nothing, np.zeros(0), np.array([0, 1, -1])) == pytest.approx([4, 3, 3])
@@ -100,6 +106,30 @@ def two_tastes(task: str, n: int = 3000, genres: bool = False) -> Log:
     )
 
 
+def test_the_penalty_is_the_one_that_tells_validation_rows_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = two_tastes("rating", 600)
+    errors = {}
+    for penalty in (1.0, 2.0, 4.0):
+        monkeypatch.setattr(bpmf, "_PENALTIES", (penalty,))
+        found = bpmf.predict(log, "frozen", training=False)
+        assert found.settings == {"penalty": penalty}
+        valid = log.split == 1
+        errors[penalty] = float(np.mean((found.scores[valid] - log.rating[valid]) ** 2))
+    assert len(set(errors.values())) == 3
+    monkeypatch.setattr(bpmf, "_PENALTIES", tuple(errors))
+    found = bpmf.predict(log, "frozen", training=False)
+    assert found.settings["penalty"] == min(errors, key=lambda one: errors[one])
+    none = replace(log, split=np.where(log.split == 1, 0, log.split).astype(np.int8))
+    assert bpmf.predict(none, "frozen", training=False).settings == {"penalty": 1.0}
+
+
+def test_what_few_have_met_leans_on_little() -> None:
+    log = two_tastes("rating", 600)
+    found = bayes_factors.fit(log.user, log.item, log.rating.astype(float), np.zeros((42, 0)), 1.5, 13)
+    assert not found.leanings[40:].any()
+    assert found.leanings[:40].all()
+
+
 @pytest.fixture(scope="module")
 def clicks() -> Log:
     return two_tastes("click")
@@ -115,6 +145,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few draws: what a row may know does not hang on how well it is told."""
     monkeypatch.setattr(bayes_factors, "_FIRST_ROUNDS", 2)
     monkeypatch.setattr(bayes_factors, "_ROUNDS", 3)
+    monkeypatch.setattr(bpmf, "_PENALTIES", (1.0,))  # chosen by validation answers, as any setting is
 
 
 def item_mean(log: Log) -> tuple[np.ndarray, Prior]:

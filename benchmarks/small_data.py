@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pages import put
 
 from peftrec import adapters, backbone, config, encode, interactions, metrics, prompts, scorer, split, train
@@ -60,6 +61,8 @@ SHARE = 0.5  # of the teachers' answer
 
 
 def recipe_of(option: str, seed: int) -> config.Recipe:
+    """The recipe of a run; whoever is taught begins otherwise than all teachers."""
+    seed += max(SEEDS) if option == TAUGHT else 0
     changed = {**COMMON, **OPTIONS.get(option, {}), "seed": str(seed)}
     return config.load_recipe(RECIPE, [part for key, value in changed.items() for part in (f"--{key}", value)])
 
@@ -88,7 +91,7 @@ def run(whole: split.Log, option: str, k: int, seed: int, folder: Path) -> dict[
     encoder = encode.Encoder(log, recipe.prompt, loaded.tokenizer, recipe.eval.ties)
     model = scorer.with_head(loaded.model, target.head, encoder.codec.answers)
     data = encoder.train(None, Augment.of(recipe))
-    model = adapters.attach(model, recipe.adapter, base_name=loaded.base.hub_id, seed=seed, steps=STEPS)
+    model = adapters.attach(model, recipe.adapter, base_name=loaded.base.hub_id, seed=recipe.seed, steps=STEPS)
     if option == TAUGHT:
         data.taught = taught(model, data, log, target, [folder / f"teacher-{k}-{one}" for one in SEEDS])
     drawn = drawn_order(len(log.user_ids), 13, "evaluated users")
@@ -112,7 +115,7 @@ def run(whole: split.Log, option: str, k: int, seed: int, folder: Path) -> dict[
         measure,
         train=recipe.train,
         folder=folder / "checkpoints",
-        seed=seed,
+        seed=recipe.seed,
     )
     rows, outputs = train.score(model, wide.evaluate(test, "streaming", None), description="score")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -137,10 +140,11 @@ def taught(model: Any, data: Any, log: split.Log, target: Any, folders: list[Pat
     for folder in folders:
         adapters.load_checkpoint(model, folder)
         rows, outputs = train.score(model, data, description="teacher")
-        several.append(outputs)
+        several.append(target.told(outputs, None))
     adapters.put_back(model, fresh)
-    goal = np.zeros((len(log), 1), dtype=np.float32)
-    goal[rows, 0] = (1 - SHARE) * log.label[rows] + SHARE * target.agreed(several, None)[:, 0]
+    own = target.own(torch.from_numpy(log.label[rows].astype(np.int64))).numpy()
+    goal = np.zeros((len(log), own.shape[1]), dtype=np.float32)
+    goal[rows] = (1 - SHARE) * own + SHARE * target.agreed(several)
     return goal
 
 
@@ -198,7 +202,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table and run nothing")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    files = {job: given.work / f"{job[0].replace(' ', '-')}-{job[1]}-{job[2]}.json" for job in jobs()}
+    files = {job: given.work / f"{job[0].replace(' ', '-')}-{job[1]}-{job[2]}-{TEST_ROWS}.json" for job in jobs()}
     if given.write:
         text = table({job: json.loads(file.read_text()) for job, file in files.items() if file.exists()})
         put("smalldata", text, ROOT / "docs/small-data.md")

@@ -257,7 +257,7 @@ def effort(record: RunRecord) -> str:
         named = ", ".join(f"{inline(run['name'])} (sha256 {run['sha256'][:16]})" for run in taught["runs"])
         words.append(
             f"Each training event's answer was taken for {1 - taught['share']:g} of its own and {taught['share']:g} of "
-            f"what {len(taught['runs'])} earlier runs say of it together: {named}."
+            f"what earlier runs told of it together: {named}."
         )
     if other := adapter.get("aligned_with"):
         items = "; ".join(f"{column}: {', '.join(map(str, values))}" for column, values in other["items_where"].items())

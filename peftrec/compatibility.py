@@ -164,7 +164,7 @@ RULES = (
             ("adapter.method", "adapter.prefix_projection"),
             _both(named, _forgets_its_training),
             "what is saved under this adapter.method is not all that its training needs; take lora, bottleneck, prefix "
-            "without projection, prompt, ia3 or ln_tuning, or remove this",
+            f"without projection, prompt, ia3 or ln_tuning, or remove {key}",
         )
         for key, named in NAMES_ADAPTERS.items()
     ),
@@ -173,9 +173,15 @@ RULES = (
             key,
             ("adapter.variant", "adapter.method"),
             _both(named, lambda recipe: recipe.adapter.variant in ("pissa", "loftq")),
-            "these variants start from the base weights; set adapter.variant: plain, or remove this",
+            f"these variants start from the base weights; set adapter.variant: plain, or remove {key}",
         )
         for key, named in NAMES_ADAPTERS.items()
+    ),
+    Rule(
+        "train.teachers",
+        ("start.stack",),
+        lambda recipe: bool(recipe.train.teachers) and recipe.start.stack,
+        "a stacked adapter (start.stack) is saved in another shape than it is trained in; leave one of them out",
     ),
     Rule(
         "train.teachers",
@@ -357,6 +363,11 @@ LAUNCH_RULES = (
         "eval.base_model",
         lambda recipe, launch: launch.engine != "plain" and recipe.adapter.method == "full" and recipe.eval.base_model,
         "it is scored before {engine} cuts the model into shards; set it to false",
+    ),
+    LaunchRule(
+        "train.teachers",
+        lambda recipe, launch: launch.engine != "plain" and bool(recipe.train.teachers),
+        "they are asked before {engine} cuts the model into shards; launch with multi_gpu.yaml",
     ),
     LaunchRule(
         "model.load_in_8bit",

@@ -1,6 +1,6 @@
 """What is done with a run that is safe on the disk: answers to check copies by, a card, a first list, publication.
 
-The adapter is loaded as a user would load it. Nothing here can cost the run.
+The adapter is loaded as a user would load it. The run is complete without any of this.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ FRAMES = ("items", "prompts", "users")
 # What is kept depends on the code that makes it: all that this module and encode.py call, and the libraries below it.
 MODULES = (
     "assets",
+    "draws",
     "encode",
     "interactions",
     "kept",

@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from peftrec.calibration import Knots, calibrated
+from peftrec.metrics import chances
 
 Floats = npt.NDArray[np.float64]
 
@@ -82,7 +83,7 @@ class Target:
         """
         if taught is None and self.forms > 1:
             return F.cross_entropy(self._logits(outputs, prior), label, reduction="none")
-        goal = self.own(label) if taught is None else taught
+        goal = self.own(label) if taught is None else taught.float()  # DeepSpeed rounds what comes with a batch
         if self.task == "click":
             return F.binary_cross_entropy_with_logits(self.score(outputs, prior), goal[..., 0], reduction="none")
         if self.forms == 1:
@@ -100,17 +101,25 @@ class Target:
             return F.one_hot(label, self.forms).float()
         return (label.float() if self.task == "click" else self._scale(label)[label])[..., None]
 
-    def agreed(self, several: Sequence[npt.NDArray[np.float32]], prior: npt.ArrayLike | None) -> Floats:
-        """What several models' outputs, (n, K) each, come to in the form of `own`, (n, M).
+    def told(self, outputs: npt.NDArray[np.float32], prior: npt.ArrayLike | None) -> Floats:
+        """What a model says of events, (n, M): scores, or shares of the answers where those are trained.
 
-        The mean of their scores as `ensemble.Ensemble` takes it, or of their distributions where those are trained.
+        Args:
+            outputs: (n, K).
+            prior: (n,), or None.
         """
-        told = [self._tensors(outputs, prior) for outputs in several]
+        raw, added = self._tensors(outputs, prior)
         if self.forms > 1:
-            mean = torch.stack([torch.softmax(self._logits(*one), dim=-1) for one in told]).mean(dim=0)
-        else:
-            mean = torch.stack([self.score(*one) for one in told]).mean(dim=0)[..., None]
-        return (torch.sigmoid(mean) if self.task == "click" else mean).numpy().astype(np.float64)
+            return torch.softmax(self._logits(raw, added), dim=-1).numpy().astype(np.float64)
+        return self.score(raw, added)[:, None].numpy().astype(np.float64)
+
+    def agreed(self, told: Sequence[Floats]) -> Floats:
+        """What several models have `told`, (n, M) each, comes to in the form of `own`, (n, M).
+
+        The mean of their scores, as `ensemble.Ensemble` takes it, or of their distributions.
+        """
+        mean: Floats = np.mean(told, axis=0)
+        return chances(mean) if self.task == "click" else mean
 
     def answers(self, outputs: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
         """What the most probable answer stands for, (...); of a linear head the value nearest to its score."""

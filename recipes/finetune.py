@@ -48,6 +48,7 @@ from peftrec import (
     side_vectors,
     split,
     teachers,
+    timeline,
     train,
     virtual_tokens,
 )
@@ -81,7 +82,7 @@ class Learner:
     model: Any
     beside: side_vectors.OfRun | None
     start: earlier.Earlier | None
-    teachers: list[earlier.Earlier]
+    teachers: list[teachers.Teacher]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Outcome:
     Attributes:
         fitted: what training was; None where nothing is trained.
         alignment: the other domain that it was brought nearer to, if any.
+        taught_by: what is said of the teachers, if there were any.
         rows: the reported rows of the log, (n,).
         outputs: the head's, (n, K).
         base_outputs: those of the base model without an adapter, if they were wanted.
@@ -99,6 +101,7 @@ class Outcome:
 
     fitted: train.Fitted | None
     alignment: align.Alignment | None
+    taught_by: dict[str, Any] | None
     rows: np.ndarray
     outputs: np.ndarray
     base_outputs: np.ndarray | None
@@ -135,7 +138,7 @@ def main() -> None:
 
     # What counting alone predicts: the opponents, and the prior if the recipe wants one. Then text and model.
     known = opponents.measure(log, recipe)
-    learner = _learner(recipe, log, known, say)
+    learner = _learner(recipe, log, known, data.sha256, say)
 
     # Learn from the training rows; score the validation and test rows that are reported.
     outcome = _learn_and_score(recipe, log, known, learner, other, folder, say, resume=arguments.resume)
@@ -179,12 +182,13 @@ def _events(recipe: config.Recipe, say: Say) -> tuple[interactions.Interactions,
     return data, log
 
 
-def _learner(recipe: config.Recipe, log: split.Log, known: opponents.Opponents, say: Say) -> Learner:
+def _learner(recipe: config.Recipe, log: split.Log, known: opponents.Opponents, sha256: str, say: Say) -> Learner:
     """The base model under an answer head, and the encoder that asks it."""
     beside = side_vectors.of_run(log, recipe) if recipe.side.used else None
     methods.check(recipe.adapter)
     backbone.check(recipe)
     start, elders = earlier.find(recipe), teachers.find(recipe)
+    teachers.check_data(elders, sha256)
     learned = log.split == split.TRAIN
     target = fit_target(
         recipe.task,
@@ -207,7 +211,7 @@ def _learner(recipe: config.Recipe, log: split.Log, known: opponents.Opponents, 
         side=beside,
     )
     model = scorer.with_head(loaded.model, target.head, encoder.codec.answers)
-    for one in (*([start] if start else []), *elders):
+    for one in (*([start] if start else []), *(teacher.adapter for teacher in elders)):
         earlier.check(one, recipe.task, loaded.base, target, encoder.codec)
     say(
         f"model: {loaded.base.name}, {loaded.base.parameters / 1e6:.0f} M parameters in {loaded.base.dtype}, "
@@ -247,13 +251,14 @@ def _learn_and_score(
     reported = encoder.evaluate(np.concatenate((valid_rows, test_rows)), recipe.eval.history, known.prior)
     trains = recipe.adapter.method != "none"
     asks_base = recipe.eval.base_model and learner.target.head == "tokens"  # an untrained head says nothing
-    fitted, alignment, base_outputs = None, None, None
+    fitted, alignment, taught_by, base_outputs = None, None, None, None
     if recipe.adapter.method == "full" and asks_base:  # there will be no adapter to switch off
         _, base_outputs = train.score(learner.model, reported, description="score, base model", processes=state)
     if trains:
         data_train = encoder.train(known.prior, Augment.of(recipe))
         alignment = None if other is None else align.Alignment.of(recipe, other, learner.loaded.tokenizer)
         _attach(learner, recipe, len(data_train), say)
+        taught_by = _teach(recipe, log, known, learner, data_train, say)
     # Nothing is written before everything that can be wrong with the recipe has been tried.
     if state.is_main_process:
         _prepare(folder, recipe, resume=resume)
@@ -266,18 +271,6 @@ def _learn_and_score(
             say(
                 f"align: {recipe.align.kind}, beside {alignment.rows.events:,} events without answers in "
                 f"{len(alignment.rows):,} rows"
-            )
-        if learner.teachers:
-            plain = encoder.train(known.prior, None)
-            data_train.taught = teachers.taught(
-                learner.model,
-                learner.teachers,
-                plain,
-                log,
-                known.prior,
-                learner.target,
-                recipe.train.distill,
-                processes=state,
             )
         fitted = train.fit(
             learner.model,
@@ -297,7 +290,7 @@ def _learn_and_score(
     if fitted is not None and asks_base and base_outputs is None:
         with learner.model.disable_adapter(), side.off():
             _, base_outputs = train.score(learner.model, reported, description="score, base model", processes=state)
-    return Outcome(fitted, alignment, rows, outputs, base_outputs, seconds)
+    return Outcome(fitted, alignment, taught_by, rows, outputs, base_outputs, seconds)
 
 
 def _calibrated(
@@ -331,6 +324,33 @@ def _attach(learner: Learner, recipe: config.Recipe, rows: int, say: Say) -> Non
         earlier.take_over(learner.model, learner.start, recipe.task, stacked=recipe.start.stack)
         say(f"start: {learner.start.name}{', below a new adapter' if recipe.start.stack else ''}")
     backbone.check_window(loaded.model, recipe.prompt.max_tokens, virtual_tokens.count(learner.model))
+
+
+def _teach(
+    recipe: config.Recipe,
+    log: split.Log,
+    known: opponents.Opponents,
+    learner: Learner,
+    data: timeline.WindowDataset,
+    say: Say,
+) -> dict[str, Any] | None:
+    """Ask the teachers, if there are any, what `data` is to be learned for; what is to be said of them."""
+    if not learner.teachers:
+        return None
+    said = teachers.facts(learner.teachers, recipe.train.distill)
+    say(f"teachers: {len(learner.teachers)}, each asked for {data.events:,} events")
+    plain = learner.encoder.train(known.prior, None)
+    data.taught = teachers.taught(
+        learner.model,
+        learner.teachers,
+        plain,
+        log,
+        known.prior,
+        recipe,
+        learner.target,
+        processes=processes.group(),
+    )
+    return said
 
 
 def _write(
@@ -372,7 +392,7 @@ def _write(
             "bytes": adapters.file_bytes(folder / "adapter"),
             **({} if learner.start is None else {"started_from": learner.start.facts()}),
             **({} if outcome.alignment is None else {"aligned_with": outcome.alignment.facts()}),
-            **({} if not learner.teachers else {"taught_by": teachers.facts(learner.teachers, recipe.train.distill)}),
+            **({} if outcome.taught_by is None else {"taught_by": outcome.taught_by}),
         }
     beside = learner.beside
     record.write_record(

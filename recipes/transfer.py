@@ -199,6 +199,8 @@ def side_words(plan: Plan, name: str, path: Path, rest: Sequence[str]) -> list[s
         )
     if recipe.score.calibration != "none":
         raise ConfigError(f"{file}: score.calibration; scores are compared as the model gives them; leave it out")
+    if recipe.train.teachers:
+        raise ConfigError(f"{file}: train.teachers; what is learned from K samples has none; leave it out")
     if recipe.align.used:
         raise ConfigError(f"{file}: align; name its kinds and weights under aligned, and leave it out here")
     if recipe.side.used:

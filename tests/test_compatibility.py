@@ -107,6 +107,18 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "align.kind: coral; it looks at the states of a timeline's events; set prompt.layout: timeline, or",
     ),
     (
+        {"start": {"adapter": "y", "stack": True}, "train": {"teachers": ["x"]}},
+        "train.teachers: ['x']; a stacked adapter (start.stack) is saved in another shape",
+    ),
+    (
+        {"adapter": {"method": "p_tuning"}, "train": {"teachers": ["x"]}},
+        "train.teachers: ['x']; what is saved under this adapter.method is not",
+    ),
+    (
+        {"adapter": {"variant": "pissa"}, "train": {"teachers": ["x"]}},
+        "train.teachers: ['x']; these variants start from the base",
+    ),
+    (
         {"align": ALIGN, "train": {"teachers": ["x"]}},
         "train.teachers: ['x']; another domain's events (align.kind) have",
     ),
@@ -199,6 +211,11 @@ def test_a_mistake_in_one_of_the_keys_is_enough_of_an_error() -> None:
 
 
 LAUNCHES: list[tuple[dict[str, Any], tuple[Any, ...], str]] = [
+    (
+        {"train": {"teachers": ["x"]}},
+        ("fsdp", 2),
+        "train.teachers: ['x']; they are asked before fsdp cuts the model",
+    ),
     (
         {"train": {"gradient_accumulation_steps": 4}},
         ("plain", 3),

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -60,25 +61,43 @@ class TestTarget:
         )
 
     def test_teachers_agree_on_the_mean_of_their_scores(self) -> None:
-        several = [np.array([[0.0, 1.0]], np.float32), np.array([[1.0, 4.0]], np.float32)]
-        assert Target().agreed(several, [0.5])[0, 0] == pytest.approx(click_of(0.5 + (1 + 3) / 2))
-        ratings = [np.array([[0.5]], np.float32), np.array([[-0.1]], np.float32)]
-        assert TARGETS["linear rating"].agreed(ratings, None)[0, 0] == pytest.approx(2.2)
+        # Each beside a prior of its own.
+        told = [Target().told(np.array([row], np.float32), [prior]) for row, prior in (([0, 1], 0.5), ([1, 4], 0.7))]
+        assert [one.tolist() for one in told] == [[[pytest.approx(1.5)]], [[pytest.approx(3.7)]]]
+        assert Target().agreed(told)[0, 0] == pytest.approx(click_of((1.5 + 3.7) / 2))
+        linear = TARGETS["linear rating"]
+        ratings = [linear.told(np.array([[gap]], np.float32), None) for gap in (0.5, -0.1)]
+        assert linear.agreed(ratings)[0, 0] == pytest.approx(2.2)
 
     def test_teachers_agree_on_the_mean_of_their_distributions(self) -> None:
         several = [np.log(np.array([shares], np.float32)) for shares in ([0.5, 0.25, 0.25], [0.1, 0.1, 0.8])]
-        assert TARGETS["rating"].agreed(several, None)[0].tolist() == pytest.approx([0.3, 0.175, 0.525])
+        target = TARGETS["rating"]
+        agreed = target.agreed([target.told(one, None) for one in several])
+        assert agreed[0].tolist() == pytest.approx([0.3, 0.175, 0.525])
+
+
+def pupil_of(teacher: str, *, distill: float = 0.5, **changed: Any) -> config.Recipe:
+    """A recipe with one teacher."""
+    made: dict[str, Any] = {
+        "data": {"name": "ml-100k"},
+        "adapter": {"method": "lora", "r": 4},
+        "train": {"teachers": [teacher], "distill": distill},
+        "output_dir": "x",
+        "seed": 2,
+    }
+    return config.parse_recipe({**made, **changed}, "r")
 
 
 @pytest.fixture
 def school(
     tiny_llama_folder: Path, make_random_log: Callable[..., Log], tmp_path: Path
-) -> tuple[Any, encode.Encoder, Log, list[earlier.Earlier]]:
+) -> tuple[Any, encode.Encoder, Log, list[teachers.Teacher]]:
     """A fresh adapter, what asks it, a log, and two teachers whose answers differ."""
     how = config.Adapter(r=4)
     found = []
     for name, strength in (("one", 0.3), ("two", -0.6)):
-        found.append(earlier.read(str(save_adapter(tiny_llama_folder, tmp_path / name, how, strength=strength))))
+        adapter = earlier.read(str(save_adapter(tiny_llama_folder, tmp_path / name, how, strength=strength)))
+        found.append(teachers.Teacher(adapter, Target(), 13))
     loaded = backbone.load(config.Model(name=str(tiny_llama_folder), dtype="float32"), Target())
     log = make_random_log(3)
     encoder = encode.Encoder(log, config.Prompt(item="{title}", max_tokens=256), loaded.tokenizer, "isolate")
@@ -93,13 +112,14 @@ def test_answers_are_taken_for_a_share_of_what_the_teachers_say(school: Any) -> 
     prior = np.linspace(-1, 1, len(log))
     before = {name: tensor.clone() for name, tensor in adapters.training_state(model).items()}
     data = encoder.train(prior, None)
-    goal = teachers.taught(model, elders, data, log, prior, Target(), 0.25)
+    recipe = pupil_of("x", distill=0.25)
+    goal = teachers.taught(model, elders, data, log, prior, recipe, Target())
     after = adapters.training_state(model)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     said = []
     for teacher in elders:
-        earlier.take_over(model, teacher, "click")
+        earlier.take_over(model, teacher.adapter, "click")
         rows, outputs = train.score(model, data, description="alone")
         said.append(outputs[:, 1] - outputs[:, 0] + prior[rows])
     assert not np.allclose(said[0], said[1], atol=0.01)
@@ -108,6 +128,25 @@ def test_answers_are_taken_for_a_share_of_what_the_teachers_say(school: Any) -> 
     assert goal.shape == (len(log), 1)
     np.testing.assert_allclose(goal[rows, 0], expected, atol=1e-5)
     assert not goal[log.split > 0].any()
+
+
+def test_a_teacher_is_asked_beside_the_prior_of_its_own_seed(school: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, encoder, log, elders = school
+    asked: list[int] = []
+
+    def measure(_: Log, recipe: config.Recipe) -> Any:
+        asked.append(recipe.seed)
+        assert recipe.eval.baselines == []
+        return SimpleNamespace(prior=np.full(len(log), 5.0))
+
+    monkeypatch.setattr(teachers.opponents, "measure", measure)
+    own = [dataclasses.replace(elders[0], seed=2), dataclasses.replace(elders[0], seed=3)]
+    data, prior = encoder.train(None, None), np.zeros(len(log))
+    recipe = pupil_of("x", distill=1.0, score={"prior": "mf"})
+    row = int(np.flatnonzero(log.split == 0)[0])
+    goals = [teachers.taught(model, [one], data, log, prior, recipe, Target())[row, 0] for one in own]
+    assert asked == [3]
+    assert np.log(goals[1] / (1 - goals[1])) - np.log(goals[0] / (1 - goals[0])) == pytest.approx(5.0, abs=1e-3)
 
 
 def test_rows_carry_what_their_events_are_taught(school: Any) -> None:
@@ -138,15 +177,7 @@ class TestWhoMayTeach:
     def pupil(self, tiny_llama_folder: Path, tmp_path: Path) -> config.Recipe:
         """A recipe, and in `run` what it names as its teacher."""
         save_adapter(tiny_llama_folder, tmp_path / "run/adapter", config.Adapter(r=4))
-        made = {
-            "data": {"name": "ml-100k"},
-            "model": {"name": str(tiny_llama_folder)},
-            "adapter": {"method": "lora", "r": 4},
-            "train": {"teachers": [str(tmp_path / "run")], "distill": 0.25},
-            "output_dir": "x",
-            "seed": 2,
-        }
-        recipe = config.parse_recipe(made, "r")
+        recipe = pupil_of(str(tmp_path / "run"), distill=0.25, model={"name": str(tiny_llama_folder)})
         self.write(tmp_path, recipe, seed=1)
         return recipe
 
@@ -156,17 +187,53 @@ class TestWhoMayTeach:
 
     def test_another_seed_of_the_recipe(self, pupil: config.Recipe, tmp_path: Path) -> None:
         (found,) = teachers.find(pupil)
-        assert (found.folder, found.key) == (tmp_path / "run/adapter", "train.teachers")
+        assert (found.adapter.folder, found.adapter.key) == (tmp_path / "run/adapter", "train.teachers")
+        assert found.seed == 1
         assert teachers.facts([found], 0.25)["runs"][0].keys() == {"name", "sha256"}
         assert config.recipe_to_dict(pupil)["train"]["distill"] == 0.25
 
     def test_another_split_or_prompt(self, pupil: config.Recipe, tmp_path: Path) -> None:
         self.write(tmp_path, pupil, data=config.Data(name="ml-100k", split=config.Split(test=0.2)))
-        with pytest.raises(ConfigError, match=r"another section data than this recipe; expected a run of the same"):
+        with pytest.raises(ConfigError, match=r"another data than this recipe; expected a run of the same"):
             teachers.find(pupil)
         self.write(tmp_path, pupil, prompt=config.Prompt(header="Films:\n"))
-        with pytest.raises(ConfigError, match="another section prompt"):
+        with pytest.raises(ConfigError, match="another prompt"):
             teachers.find(pupil)
+
+    @pytest.mark.parametrize(
+        ("changed", "key"),
+        [
+            ({"train": config.Train(order="random"), "eval": config.Eval(history="frozen")}, r"train\.order"),
+            ({"eval": config.Eval(history="frozen")}, r"eval\.history"),
+            ({"start": config.Start(adapter="elsewhere")}, "start"),
+        ],
+    )
+    def test_another_prior_or_start(
+        self, changed: dict[str, Any], key: str, pupil: config.Recipe, tmp_path: Path
+    ) -> None:
+        theirs = dataclasses.replace(pupil, **{"train": config.Train(), **changed})
+        (tmp_path / "run/config.yaml").write_text(config.dump_recipe(theirs))
+        with pytest.raises(ConfigError, match=f"has another {key} than this recipe"):
+            teachers.find(pupil)
+
+    def test_other_rows_in_the_same_file(self, pupil: config.Recipe) -> None:
+        found = teachers.find(pupil)
+        about = found[0].adapter.about
+        assert about is not None
+        teachers.check_data(found, about.data.sha256)
+        with pytest.raises(ConfigError, match=r"learned from tables of hash .*, here they have fce6; what it met may"):
+            teachers.check_data(found, "fce6")
+
+    def test_one_run_twice_and_the_run_itself(self, pupil: config.Recipe, tmp_path: Path) -> None:
+        twice = dataclasses.replace(pupil.train, teachers=[str(tmp_path / "run"), f"{tmp_path}/run/"])
+        with pytest.raises(ConfigError, match="run/ is named twice"):
+            teachers.find(dataclasses.replace(pupil, train=twice))
+        with pytest.raises(ConfigError, match="run is output_dir, too"):
+            teachers.find(dataclasses.replace(pupil, output_dir=str(tmp_path / "run")))
+
+    def test_a_base_model_that_runs_its_own_code(self, pupil: config.Recipe, tmp_path: Path) -> None:
+        self.write(tmp_path, pupil, model=dataclasses.replace(pupil.model, trust_remote_code=True))
+        assert len(teachers.find(pupil)) == 1
 
     def test_test_rows_that_a_seed_draws(self, pupil: config.Recipe, tmp_path: Path) -> None:
         folds = config.Data(name="ml-100k", split=config.Split(kind="kfold"))

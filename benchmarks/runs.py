@@ -5,6 +5,7 @@ python benchmarks/runs.py main runs/ml-100k-click-lora
 python benchmarks/runs.py bpmf runs/ml-100k-click-bpmf
 python benchmarks/runs.py rating runs/ml-100k-rating-5fold
 python benchmarks/runs.py encoder runs/ml-100k-click-encoder    # this one and those below into docs/benchmarks.md only
+python benchmarks/runs.py liked runs/ml-100k-click-bpmf-liked
 python benchmarks/runs.py latest_clicks runs/ml-latest-small-click-bpmf
 python benchmarks/runs.py latest_ratings runs/ml-latest-small-rating
 """
@@ -17,7 +18,7 @@ from pages import PAGE, put
 
 from peftrec import record, report
 
-IN_README, REST = ("demo", "main", "bpmf", "rating"), ("encoder", "latest_clicks", "latest_ratings")
+IN_README, REST = ("demo", "main", "bpmf", "rating"), ("encoder", "liked", "latest_clicks", "latest_ratings")
 
 
 def main() -> None:

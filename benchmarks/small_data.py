@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pages import put
 
-from peftrec import adapters, backbone, config, encode, interactions, metrics, prompts, scorer, split, train
+from peftrec import adapters, backbone, config, encode, interactions, metrics, prompts, scorer, split, teachers, train
 from peftrec.augment import Augment
 from peftrec.bootstrap import Interval, over_seeds
 from peftrec.draws import drawn_order
@@ -142,10 +141,7 @@ def taught(model: Any, data: Any, log: split.Log, target: Any, folders: list[Pat
         rows, outputs = train.score(model, data, description="teacher")
         several.append(target.told(outputs, None))
     adapters.put_back(model, fresh)
-    own = target.own(torch.from_numpy(log.label[rows].astype(np.int64))).numpy()
-    goal = np.zeros((len(log), own.shape[1]), dtype=np.float32)
-    goal[rows] = (1 - SHARE) * own + SHARE * target.agreed(several)
-    return goal
+    return teachers.mixed(log, rows, target, several, SHARE)
 
 
 def jobs() -> list[tuple[str, int, int]]:

@@ -19,6 +19,7 @@ import polars as pl
 
 from peftrec.baselines import History, Known, Ties, items_known
 from peftrec.classical import optional
+from peftrec.metrics import mean_log_loss
 
 if TYPE_CHECKING:
     from peftrec.sources import Task
@@ -206,5 +207,5 @@ def years(items: pl.DataFrame) -> Floats:
 
 def _loss(score: Floats, answer: Floats, task: Task) -> float:
     if task == "click":
-        return float(np.mean(np.logaddexp(0, np.where(answer == 1, -score, score))))
+        return mean_log_loss(answer, score)
     return float(np.mean((score - answer) ** 2))

@@ -28,6 +28,7 @@ from peftrec.baselines import Earlier, History, Prior, Ties, logistic
 from peftrec.bayes_factors import KEPT_FACTORS, TRAITS, Posterior
 from peftrec.draws import drawn_order
 from peftrec.errors import DataError, ModelError
+from peftrec.metrics import mean_log_loss
 from peftrec.people import held_people, training_people
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ def _penalty(
         else:
             slope, item_slope, intercept = _weights(told, item_mean, log, items.mean)
             log_odds = slope * told[valid] + item_slope * item_mean[valid] + intercept
-            loss = float(np.mean(np.logaddexp(0.0, np.where(log.label[valid] == 1, -log_odds, log_odds))))
+            loss = mean_log_loss(log.label[valid], log_odds)
         best = min(best, (loss, penalty))
     return best[1]
 

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peftrec.baselines import Floats, History, Ties
+from peftrec.metrics import mean_log_loss
 from peftrec.people import Person, held_people, training_people
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def predict(
     def loss_on_valid() -> float:
         found, _ = _score(network, codes, valid, state)
         rows = log.split == 1
-        return float(np.mean(np.logaddexp(0, np.where(log.label[rows] == 1, -found[rows], found[rows]))))
+        return mean_log_loss(log.label[rows], found[rows])
 
     best, best_loss, kept, waited = copy.deepcopy(network.state_dict()), np.inf, 0, 0
     step = _stepper(network, codes, settings, state)

@@ -297,6 +297,12 @@ def _losses(label: Floats, score: Floats) -> Floats:
     return losses
 
 
+def mean_log_loss(liked: npt.ArrayLike, log_odds: npt.ArrayLike) -> float:
+    """Of labels 0 or 1, (n,), under log-odds of a like, (n,)."""
+    odds = np.asarray(log_odds, dtype=np.float64)
+    return float(np.mean(np.logaddexp(0.0, np.where(np.asarray(liked) == 1, -odds, odds))))
+
+
 def chances(log_odds: Floats) -> Floats:
     """Chances of a like by their log-odds, in the same shape; large ones do not overflow, small ones are not lost."""
     small = np.exp(-np.abs(log_odds))

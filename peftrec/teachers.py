@@ -140,8 +140,12 @@ def taught(
             told.append(teacher.target.told(outputs, None if theirs is None else theirs[rows]))
     finally:
         adapters.put_back(model, kept)
+    return mixed(log, rows, target, told, recipe.train.distill)
+
+
+def mixed(log: Log, rows: np.ndarray, target: Target, told: Sequence[np.ndarray], share: float) -> np.ndarray:
+    """What `taught` returns, from what each teacher has `Target.told` of `rows`."""
     own = target.own(torch.from_numpy(log.label[rows].astype(np.int64))).numpy()
-    share = recipe.train.distill
     result = np.zeros((len(log), own.shape[1]), dtype=np.float32)
     result[rows] = (1 - share) * own + share * target.agreed(told)
     return result

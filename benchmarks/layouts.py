@@ -1,12 +1,14 @@
-"""Timeline against pointwise: the same model, the same training events, the same test rows, in one run.
+"""Timeline against pointwise, and TRL: the same model, the same training events, the same test rows, in one run.
 
-    python benchmarks/layouts.py [--events 600] [--rounds 3] [--write]
+    python benchmarks/layouts.py [--events 600] [--rounds 3] [--peers-python .venv-peers/bin/python] [--write]
 
 Two questions. How many events does each layout learn a second? Measured in turn (A B A B …), the same number of packed
 rows each, the median of the pairs' ratios. And what does it cost in AUC? Each layout trains one epoch over the same
 events in equally many steps from the same start; then both adapters score the same test rows, of people drawn from
 everybody, read as timelines (a score does not depend on the layout in which it is asked). The difference has an
 interval from resampled users. Pointwise prompts are packed into rows without padding too, which favours them.
+With the peers' interpreter, TRL's SFTTrainer learns from the pointwise prompts as well, once, as text in equally many
+steps; its adapter scores the same rows. peers.py has its speed.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from pages import put
+from workers import Worker
 
 from peftrec import adapters, backbone, config, encode, interactions, scorer, split, train
 from peftrec.bootstrap import bootstrap
@@ -29,6 +32,7 @@ from peftrec.target import Target
 from peftrec.timeline import WindowDataset, collate
 
 RECIPE = Path(__file__).parent.parent / "recipes/configs/ml-100k/click_lora_demo.yaml"
+TRL_BATCH = 4  # prompts of a forward, the faster one in peers.py
 
 
 def main() -> None:
@@ -37,6 +41,7 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=2000, help="test rows at most, of whole users")
     parser.add_argument("--history", type=int, default=50, help="events shown in a pointwise prompt at most")
     parser.add_argument("--rounds", type=int, default=3, help="timed pairs")
+    parser.add_argument("--peers-python", type=Path, help="interpreter that has TRL, which then learns too")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     arguments = parser.parse_args()
     # Half a window of overlap, so that an event sees about as much as in a pointwise prompt: with a quarter the first
@@ -56,11 +61,14 @@ def main() -> None:
     few = dataclasses.replace(log, split=np.where(np.isin(np.arange(len(log)), learned), split.TRAIN, split.TEST))
     loaded = backbone.load(base.model)
     datasets, models = {}, {}
+    texts: list[dict[str, str]] = []
     for name, prompt in layouts.items():
         encoder = encode.Encoder(few, prompt, loaded.tokenizer, base.eval.ties)
         datasets[name] = encoder.train(None)
         if name == "timeline":
             test = encoder.evaluate(test_rows, "streaming", None)
+        else:
+            texts = _as_text(datasets[name], encoder)
         fresh = backbone.load(base.model).model
         models[name] = adapters.attach(
             scorer.answer_only(fresh, encoder.codec.answers), base.adapter, base_name=loaded.base.hub_id, seed=base.seed
@@ -79,29 +87,75 @@ def main() -> None:
     steps = len(datasets["timeline"])
     for name in layouts:
         seconds[name], rows, scores[name] = _train_and_score(models[name], datasets[name], test, base, steps)
+    if arguments.peers_python:
+        fresh = scorer.answer_only(backbone.load(base.model).model, encoder.codec.answers)
+        seconds["TRL"], model = _by_trl(arguments.peers_python, texts, fresh, loaded, base, steps)
+        scores["TRL"] = Target().measure(train.score(model, test, description="score")[1])[0]
     measured = bootstrap(log.label[rows], scores, log.user[rows], n=1000, seed=base.seed)
-    difference = measured.differences["pointwise"]["auc"]
     lines = [
         "| layout | events learned a second | tokens an event | seconds for the epoch | test AUC |",
         "|---|---:|---:|---:|---:|",
     ]
-    for name in layouts:
-        one, area = datasets[name], measured.intervals[name]["auc"]
+    for name in scores:
+        area = measured.intervals[name]["auc"]
+        rate = f"{statistics.median(speeds[name]):.2f}" if name in speeds else "-"
+        tokens = f"{datasets[name].tokens / datasets[name].events:.1f}" if name in datasets else "-"
         lines.append(
-            f"| {name} | {statistics.median(speeds[name]):.2f} | {one.tokens / one.events:.1f} | {seconds[name]:.0f} "
-            f"| {area.point:.3f} [{area.low:.3f}, {area.high:.3f}] |"
+            f"| {name} | {rate} | {tokens} | {seconds[name]:.0f} | {area.point:.3f} [{area.low:.3f}, {area.high:.3f}] |"
         )
+    differences = [
+        f"minus {name}: {found['auc'].point:+.3f} [{found['auc'].low:+.3f}, {found['auc'].high:+.3f}]"
+        for name, found in measured.differences.items()
+    ]
     lines += [
         "",
         f"{len(learned):,} training events of {len(np.unique(log.user[learned]))} people in {steps} steps, "
         f"{len(rows):,} test rows of {len(np.unique(log.user[rows]))} people; pointwise prompts show at most "
         f"{arguments.history} events. Events a second, timeline over pointwise: median "
         f"{statistics.median(ratios):.1f}x of {len(ratios)} pairs (from {min(ratios):.1f}x to {max(ratios):.1f}x). "
-        f"AUC, timeline minus pointwise: {difference.point:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}].",
+        f"AUC, timeline {'; '.join(differences)}.",
     ]
     print("\n".join(lines))
     if arguments.write:
         put("pointwise", "\n".join(lines))
+
+
+def _as_text(data: WindowDataset, encoder: encode.Encoder) -> list[dict[str, str]]:
+    """Prompt and completion of each pointwise window, whose tokens together are the window's."""
+    codec, log = encoder.codec, encoder.log
+    made = []
+    for index in range(len(data.windows.lengths)):
+        *past, asked = data.windows.events_of(index).tolist()
+        titles = [f"{encoder.texts[int(log.item[row])]}:" for row in (*past, asked)]
+        answers = [codec.answer_texts[int(log.label[row])] for row in (*past, asked)]
+        shown = "".join(f"{title}{answer}\n" for title, answer in zip(titles[:-1], answers[:-1], strict=True))
+        begin = (codec.tokenizer.bos_token or "") + codec.header_text + shown
+        made.append({"prompt": begin + titles[-1], "completion": answers[-1]})
+    return made
+
+
+def _by_trl(
+    python: Path, rows: list[dict[str, str]], model: Any, loaded: Any, recipe: config.Recipe, steps: int
+) -> tuple[float, Any]:
+    """Seconds that TRL's trainer takes over `rows`, and `model` with the adapter that it learned."""
+    how = recipe.adapter
+    lora = {"r": how.r, "lora_alpha": how.lora_alpha, "target_modules": list(how.target_modules)}
+    with tempfile.TemporaryDirectory() as folder:
+        worker = Worker(python, Path(__file__).with_name("peers_theirs.py"), Path(folder, "log"), {})
+        worker.ask(
+            "setup",
+            device=loaded.model.device.type,
+            dtype=loaded.base.dtype,
+            base=loaded.tokenizer.name_or_path,
+            adapter="",
+            encoder="",
+            lora=lora,
+        )
+        learned = str(Path(folder, "adapter"))
+        accumulate = max(1, round(len(rows) / TRL_BATCH / steps))
+        took = worker.ask("sft", rows=rows, batch=TRL_BATCH, packing=False, accumulate=accumulate, adapter=learned)
+        worker.close()
+        return took["seconds"], adapters.load(model, learned)
 
 
 def _events_per_second(model: Any, data: WindowDataset, *, rows: int, seed: int) -> float:

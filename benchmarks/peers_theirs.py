@@ -85,8 +85,18 @@ class CountTokens:
         return batch
 
 
-def sft(rows: list[dict[str, str]], batch: int, packing: bool) -> dict[str, float]:
-    """TRL's SFTTrainer over `rows` once; the loss counts the completion only."""
+def sft(
+    rows: list[dict[str, str]], batch: int, packing: bool, accumulate: int = 1, adapter: str | None = None
+) -> dict[str, float]:
+    """TRL's SFTTrainer over `rows` once; the loss counts the completion only.
+
+    Args:
+        rows: of prompt and completion.
+        batch: rows of a forward.
+        packing: whether several share a row.
+        accumulate: forwards of a step.
+        adapter: folder for what was learned.
+    """
     if "sft" not in KNOWN:
         KNOWN["sft"] = to_train()
     with tempfile.TemporaryDirectory() as folder:
@@ -95,6 +105,7 @@ def sft(rows: list[dict[str, str]], batch: int, packing: bool) -> dict[str, floa
             args=SFTConfig(
                 output_dir=folder,
                 per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulate,
                 num_train_epochs=1,
                 learning_rate=5e-4,
                 max_length=MOST_TOKENS,
@@ -114,6 +125,8 @@ def sft(rows: list[dict[str, str]], batch: int, packing: bool) -> dict[str, floa
         clock = Clock()
         trainer.add_callback(clock)
         trainer.train()
+        if adapter:
+            trainer.save_model(adapter)
     return {"seconds": clock.seconds, "events": len(rows), "tokens": counted.tokens}
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from peftrec import config, kept
+from peftrec import config, kept, split
 from peftrec.augment import Augment
 from peftrec.draws import drawn_order
 from peftrec.errors import DataError, ModelError
@@ -33,6 +33,8 @@ from peftrec.split import Log
 from peftrec.timeline import PromptWindows, TextWindows, TimelineWindows, WindowDataset, Wordings
 
 Question = tuple[list[tuple[str, int]], str]  # history as texts and answers, and the candidate's text
+AGREEING = 20.0
+"""Events that answer as all do, with which an item's share of an answer begins: few events are no agreement."""
 RECORD_TEMPLATE = "{instruction}" + LINE_END + "{input}" + LINE_END + "Answer" + ANSWER_MARK
 
 
@@ -134,22 +136,31 @@ class Encoder:
         """`n` of the ready-made prompts, drawn by `seed`."""
         return self._records(np.asarray(drawn_order(len(self.log), seed, "questions")[:n]))
 
-    def opening(self, tokens: int, seed: int) -> list[int]:
-        """A text of the prompt's form that nobody wrote: items drawn by `seed`, with the answers of a history in turn.
+    def opening(self, tokens: int) -> list[int]:
+        """A made-up history in the prompt's form: items on whose answer training events agree, each answer in turn.
 
         Args:
             tokens: how long it has to be at least, as far as there are items.
-            seed: draws the items.
 
         Returns:
             Token ids; none for records, and for models that read a prompt as a whole.
         """
         if not (self.texts and isinstance(self.codec, Codec)):
             return []
-        text, shown = list(self.codec.header), self._shown or range(len(self.codec.answers))
-        for turn, item in enumerate(drawn_order(len(self.texts), seed, "opening").tolist()):
+        answers, text = len(self.codec.answers), list(self.codec.header)
+        train = (self.log.split == split.TRAIN) & (self.log.item >= 0)
+        pairs = self.log.item[train] * answers + self.log.label[train]
+        counts = np.bincount(pairs, minlength=len(self.texts) * answers).reshape(-1, answers)
+        usual = counts.sum(axis=0) / max(counts.sum(), 1)
+        share = (counts + AGREEING * usual) / (counts.sum(axis=1, keepdims=True) + AGREEING)
+        shown = self._shown or range(answers)
+        ranked = [iter(np.argsort(-share[:, label], kind="stable").tolist()) for label in shown]
+        taken: set[int] = set()
+        for turn in range(len(self.texts)):
             if len(text) >= tokens:
                 break
+            item = next(each for each in ranked[turn % len(shown)] if each not in taken)
+            taken.add(item)
             begin, end = self.questions.start[item : item + 2]
             text += [*self.questions.flat[begin:end].tolist(), *self.codec.tail(shown[turn % len(shown)])]
         return text

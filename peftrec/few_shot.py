@@ -106,7 +106,7 @@ def learned(
             base_name=loaded.base.hub_id,
             seed=recipe.seed,
             steps=recipe.train.max_steps,
-            opening=lambda tokens: encoder.opening(tokens, recipe.seed),
+            opening=encoder.opening,
         )
         if start is not None:
             earlier.take_over(model, start, recipe.task, stacked=stacked)

@@ -316,7 +316,7 @@ def _attach(learner: Learner, recipe: config.Recipe, rows: int, say: Say) -> Non
         seed=recipe.seed,
         steps=train.total_steps(recipe.train, rows),
         original=lambda: backbone.load(dataclasses.replace(recipe.model, load_in_4bit=False), learner.target).model,
-        opening=lambda tokens: encoder.opening(tokens, recipe.seed),
+        opening=encoder.opening,
     )
     if learner.beside is not None:
         side.attach(learner.model, learner.beside, recipe.side, seed=recipe.seed)

@@ -107,7 +107,7 @@ def test_a_long_record_loses_the_beginning_of_its_input(codec: Any, tokenizer: A
 @pytest.mark.parametrize("tokens", [1, 20, 10_000])
 def test_an_opening_is_a_text_that_nobody_wrote(log: Log, tokenizer: Any, tokens: int) -> None:
     found = encode.Encoder(log, config.Prompt(header="Films:", item="{title}"), tokenizer, "isolate")
-    text = tokenizer.decode(found.opening(tokens, seed=3), skip_special_tokens=True)
+    text = tokenizer.decode(found.opening(tokens), skip_special_tokens=True)
     header, *lines = text.splitlines()
     assert header == "Films:"
     answers = [line.rpartition(": ")[2] for line in lines]
@@ -115,13 +115,22 @@ def test_an_opening_is_a_text_that_nobody_wrote(log: Log, tokenizer: Any, tokens
     titles = [line.rpartition(": ")[0] for line in lines]
     assert set(titles) <= set(log.items["title"])
     assert len(set(titles)) == len(titles)
-    assert len(found.opening(tokens, seed=3)) >= tokens or len(titles) == len(log.items)
-    other = encode.Encoder(dataclasses.replace(log, label=1 - log.label), found.prompt, tokenizer, "isolate")
-    assert other.opening(tokens, seed=3) == found.opening(tokens, seed=3)
+    assert len(found.opening(tokens)) >= tokens or len(titles) == len(log.items)
+
+
+def test_an_opening_says_what_training_events_agree_on(make_log: Callable[..., Log], tokenizer: Any) -> None:
+    # Item 0 is liked by 9 of 10, item 1 by 1 of 10, item 2 by the one who knows it, item 3 by all, after training.
+    item = [0] * 10 + [1] * 10 + [2] + [3] * 10
+    liked = [1] * 9 + [0] + [1] + [0] * 9 + [1] + [1] * 10
+    log = make_log(list(range(31)), [1] * 31, liked, item=item, split=[0] * 21 + [2] * 10)
+    found = encode.Encoder(log, config.Prompt(header="", item="{title}"), tokenizer, "isolate")
+    titles = log.items["title"].to_list()
+    lines = tokenizer.decode(found.opening(1_000), skip_special_tokens=True).splitlines()
+    assert lines[:4] == [f"{titles[1]}: no", f"{titles[0]}: yes", f"{titles[3]}: no", f"{titles[2]}: yes"]
 
 
 def test_records_have_no_opening(make_log: Callable[..., Log], tokenizer: Any) -> None:
     table = pl.DataFrame({"instruction": ["Likes it?"], "input": ["Heat"]})
     log = dataclasses.replace(make_log([0], [1], [1], item=[-1], split=[0]), prompts=table)
     prompt = config.Prompt(layout="pointwise")
-    assert encode.Encoder(log, prompt, tokenizer, "isolate").opening(5, seed=3) == []
+    assert encode.Encoder(log, prompt, tokenizer, "isolate").opening(5) == []

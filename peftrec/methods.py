@@ -14,9 +14,20 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from torch import nn
 
 from peftrec import adalora, config
+from peftrec.coherence import METHOD_KEYS
 from peftrec.errors import ConfigError, ModelError
 from peftrec.schema import nearest, show
 
+PEFT_TYPES = {
+    "lora": "LORA",
+    "adalora": "ADALORA",
+    "bottleneck": "BOTTLENECK",
+    "prefix": "PREFIX_TUNING",
+    "prompt": "PROMPT_TUNING",
+    "p_tuning": "P_TUNING",
+    "ia3": "IA3",
+    "ln_tuning": "LN_TUNING",
+}
 # A recipe says what to train, never which model it is, which mode, or which code and files to load.
 OURS = ("task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping")
 OTHERS = re.compile("path|tokenizer|megatron|runtime_config|peft_version")
@@ -46,85 +57,38 @@ def peft_config(adapter: config.Adapter, model: Any, *, steps: int | None = None
         ConfigError: `peft_type` or `fields` name what PEFT does not have.
         ModelError: PEFT has no defaults for this architecture.
     """
-    import peft
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    method = adapter.method
     common: dict[str, Any] = {"task_type": task_type(model), "modules_to_save": _heads(model) or None}
-    targets = adapter.target_modules if isinstance(adapter.target_modules, str | None) else [*adapter.target_modules]
-    match adapter.method:
-        case "lora":
-            return peft.LoraConfig(
-                **common,
-                r=adapter.r,
-                lora_alpha=adapter.lora_alpha,
-                lora_dropout=adapter.lora_dropout,
-                target_modules=targets or "all-linear",
-                use_rslora=adapter.variant == "rslora",
-                use_dora=adapter.variant == "dora",
-            )
-        case "adalora":
-            assert steps is not None
-            tinit, tfinal = adalora.phases(steps, adapter.tinit, adapter.tfinal)
-            if tinit + tfinal >= steps:
-                raise ConfigError(
-                    f"adapter.tinit: {tinit} and adapter.tfinal {tfinal} of {steps} steps leave none to take ranks "
-                    "away; lower them, or train longer"
-                )
-            return peft.AdaLoraConfig(
-                **common,
-                init_r=adapter.init_r,
-                target_r=adapter.target_r,
-                lora_alpha=adapter.lora_alpha,
-                lora_dropout=adapter.lora_dropout,
-                target_modules=targets or _default_targets(adapter.method, model),
-                tinit=tinit,
-                tfinal=tfinal,
-                deltaT=adapter.deltaT,
-                orth_reg_weight=adapter.orth_reg_weight,
-                total_step=steps,
-            )
-        case "bottleneck":
-            return PEFT_TYPE_TO_CONFIG_MAPPING["BOTTLENECK"](
-                **common,
-                variant=adapter.variant or "houlsby",
-                reduction_factor=adapter.reduction_factor,
-                non_linearity=adapter.non_linearity,
-                dropout=adapter.dropout,
-                target_modules=targets,
-            )
-        case "prefix":
-            return peft.PrefixTuningConfig(
-                **common,
-                num_virtual_tokens=adapter.num_virtual_tokens,
-                prefix_projection=adapter.prefix_projection,
-                encoder_hidden_size=adapter.encoder_hidden_size,
-            )
-        case "prompt":
-            return peft.PromptTuningConfig(
-                **common,
-                num_virtual_tokens=adapter.num_virtual_tokens,
-                prompt_tuning_init=adapter.prompt_tuning_init,
-            )
-        case "p_tuning":
-            return peft.PromptEncoderConfig(
-                **common,
-                num_virtual_tokens=adapter.num_virtual_tokens,
-                encoder_reparameterization_type=adapter.encoder_reparameterization_type,
-                encoder_hidden_size=adapter.encoder_hidden_size,
-                encoder_num_layers=adapter.encoder_num_layers,
-            )
-        case "ia3":
-            inner = adapter.feedforward_modules
-            return peft.IA3Config(
-                **common,
-                target_modules=targets or _default_targets(adapter.method, model),
-                feedforward_modules=inner if isinstance(inner, str | None) else [*inner],
-            )
-        case "ln_tuning":
-            return peft.LNTuningConfig(**common, target_modules=targets or _default_targets(adapter.method, model))
-        case "other":
-            return _other(adapter, common)
-    raise AssertionError(adapter.method)
+    if method == "other":
+        return _other(adapter, common)
+    # The recipe's names are PEFT's, whose configs are files that know lists and no tuples.
+    section = {key: getattr(adapter, key) for key in METHOD_KEYS[method]}
+    given = {key: [*value] if isinstance(value, tuple | list) else value for key, value in section.items()}
+    if method == "lora":
+        variant = given.pop("variant")
+        given |= {"use_rslora": variant == "rslora", "use_dora": variant == "dora"}
+        given["target_modules"] = given["target_modules"] or "all-linear"
+    elif method == "bottleneck":
+        given["variant"] = given["variant"] or "houlsby"
+    elif "target_modules" in given:
+        given["target_modules"] = given["target_modules"] or _default_targets(method, model)
+    if method == "adalora":
+        assert steps is not None
+        given |= {"total_step": steps, **_schedule(adapter, steps)}
+    return PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPES[method]](**common, **given)
+
+
+def _schedule(adapter: config.Adapter, steps: int) -> dict[str, int]:
+    """AdaLoRA's phases in steps."""
+    tinit, tfinal = adalora.phases(steps, adapter.tinit, adapter.tfinal)
+    if tinit + tfinal >= steps:
+        raise ConfigError(
+            f"adapter.tinit: {tinit} and adapter.tfinal {tfinal} of {steps} steps leave none to take ranks "
+            "away; lower them, or train longer"
+        )
+    return {"tinit": tinit, "tfinal": tfinal}
 
 
 def _heads(model: Any) -> list[str]:

@@ -7,8 +7,9 @@ rows each, the median of the pairs' ratios. And what does it cost in AUC? Each l
 events in equally many steps from the same start; then both adapters score the same test rows, of people drawn from
 everybody, read as timelines (a score does not depend on the layout in which it is asked). The difference has an
 interval from resampled users. Pointwise prompts are packed into rows without padding too, which favours them.
-With the peers' interpreter, TRL's SFTTrainer learns from the pointwise prompts as well, once, as text in equally many
-steps; its adapter scores the same rows. peers.py has its speed.
+With the peers' interpreter, TRL's SFTTrainer learns from the pointwise prompts as well, once, as text in about as many
+steps, by its own schedule, with an end token behind each answer and events of one timestamp in sight of each other; its
+adapter scores the same rows. peers.py has its speed.
 """
 
 from __future__ import annotations
@@ -121,10 +122,10 @@ def main() -> None:
 
 
 def _as_text(data: WindowDataset, encoder: encode.Encoder) -> list[dict[str, str]]:
-    """Prompt and completion of each pointwise window, whose tokens together are the window's."""
+    """Prompt and completion of each pointwise window, whose text together is the window's up to its last line end."""
     codec, log = encoder.codec, encoder.log
     made = []
-    for index in range(len(data.windows.lengths)):
+    for index in range(len(data.windows)):
         *past, asked = data.windows.events_of(index).tolist()
         titles = [f"{encoder.texts[int(log.item[row])]}:" for row in (*past, asked)]
         answers = [codec.answer_texts[int(log.label[row])] for row in (*past, asked)]
@@ -141,7 +142,8 @@ def _by_trl(
     how = recipe.adapter
     lora = {"r": how.r, "lora_alpha": how.lora_alpha, "target_modules": list(how.target_modules)}
     with tempfile.TemporaryDirectory() as folder:
-        worker = Worker(python, Path(__file__).with_name("peers_theirs.py"), Path(folder, "log"), {})
+        offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        worker = Worker(python, Path(__file__).with_name("peers_theirs.py"), Path(folder, "log"), offline)
         worker.ask(
             "setup",
             device=loaded.model.device.type,
@@ -153,7 +155,15 @@ def _by_trl(
         )
         learned = str(Path(folder, "adapter"))
         accumulate = max(1, round(len(rows) / TRL_BATCH / steps))
-        took = worker.ask("sft", rows=rows, batch=TRL_BATCH, packing=False, accumulate=accumulate, adapter=learned)
+        took = worker.ask(
+            "sft",
+            rows=rows,
+            batch=TRL_BATCH,
+            packing=False,
+            accumulate=accumulate,
+            learning_rate=recipe.train.learning_rate,
+            adapter=learned,
+        )
         worker.close()
         return took["seconds"], adapters.load(model, learned)
 

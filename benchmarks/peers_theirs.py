@@ -86,7 +86,12 @@ class CountTokens:
 
 
 def sft(
-    rows: list[dict[str, str]], batch: int, packing: bool, accumulate: int = 1, adapter: str | None = None
+    rows: list[dict[str, str]],
+    batch: int,
+    packing: bool,
+    accumulate: int = 1,
+    learning_rate: float = 5e-4,
+    adapter: str | None = None,
 ) -> dict[str, float]:
     """TRL's SFTTrainer over `rows` once; the loss counts the completion only.
 
@@ -95,6 +100,7 @@ def sft(
         batch: rows of a forward.
         packing: whether several share a row.
         accumulate: forwards of a step.
+        learning_rate: at the start; it falls linearly.
         adapter: folder for what was learned.
     """
     if "sft" not in KNOWN:
@@ -107,7 +113,7 @@ def sft(
                 per_device_train_batch_size=batch,
                 gradient_accumulation_steps=accumulate,
                 num_train_epochs=1,
-                learning_rate=5e-4,
+                learning_rate=learning_rate,
                 max_length=MOST_TOKENS,
                 packing=packing,
                 completion_only_loss=True,

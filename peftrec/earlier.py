@@ -23,7 +23,7 @@ from peftrec.config import Adapter, Recipe
 from peftrec.errors import ModelError
 from peftrec.loading import find as find_folder
 from peftrec.loading import is_hub_id
-from peftrec.methods import one_line
+from peftrec.methods import PEFT_TYPES, one_line
 from peftrec.prompts import Codec, WholeText
 from peftrec.schema import Reader
 from peftrec.target import Target
@@ -45,15 +45,6 @@ _ALIKE = {
 }
 
 FREE_BELOW_ANOTHER = ("r", "lora_alpha", "use_rslora")
-PEFT_TYPES = {
-    "lora": "LORA",
-    "bottleneck": "BOTTLENECK",
-    "prefix": "PREFIX_TUNING",
-    "prompt": "PROMPT_TUNING",
-    "ia3": "IA3",
-    "ln_tuning": "LN_TUNING",
-}
-"""Methods that can start from an earlier adapter -> PEFT's names."""
 
 
 @dataclass(frozen=True)

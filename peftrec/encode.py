@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from peftrec import config, kept, split
+from peftrec import config, kept
 from peftrec.augment import Augment
 from peftrec.draws import drawn_order
 from peftrec.errors import DataError, ModelError
@@ -29,7 +30,7 @@ from peftrec.prompts import (
 )
 from peftrec.side_vectors import MarkedWindows, OfRun
 from peftrec.sight import Sight, evaluation_sight, training_sight
-from peftrec.split import Log
+from peftrec.split import TRAIN, Log
 from peftrec.timeline import PromptWindows, TextWindows, TimelineWindows, WindowDataset, Wordings
 
 Question = tuple[list[tuple[str, int]], str]  # history as texts and answers, and the candidate's text
@@ -137,32 +138,34 @@ class Encoder:
         return self._records(np.asarray(drawn_order(len(self.log), seed, "questions")[:n]))
 
     def opening(self, tokens: int) -> list[int]:
-        """A made-up history in the prompt's form: items on whose answer training events agree, each answer in turn.
+        """A made-up history in the prompt's form: items that training events answer so more often than others do.
 
         Args:
-            tokens: how long it has to be at least, as far as there are items.
+            tokens: how long it is, or a little longer, as far as there are such items.
 
         Returns:
-            Token ids; none for records, and for models that read a prompt as a whole.
+            Token ids; none where nothing trains, for records, and for models that read a prompt as a whole.
         """
-        if not (self.texts and isinstance(self.codec, Codec)):
+        train = self.log.split == TRAIN
+        if not (self.texts and train.any() and isinstance(self.codec, Codec)):
             return []
         answers, text = len(self.codec.answers), list(self.codec.header)
-        train = (self.log.split == split.TRAIN) & (self.log.item >= 0)
         pairs = self.log.item[train] * answers + self.log.label[train]
         counts = np.bincount(pairs, minlength=len(self.texts) * answers).reshape(-1, answers)
-        usual = counts.sum(axis=0) / max(counts.sum(), 1)
+        usual = counts.sum(axis=0) / counts.sum()
         share = (counts + AGREEING * usual) / (counts.sum(axis=1, keepdims=True) + AGREEING)
         shown = self._shown or range(answers)
-        ranked = [iter(np.argsort(-share[:, label], kind="stable").tolist()) for label in shown]
+        # Each item brings a token at least, so that nobody gets further than this.
+        best = [np.argsort(-share[:, label], kind="stable")[:tokens] for label in shown]
+        ranked = [items[share[items, label] > usual[label]].tolist() for label, items in zip(shown, best, strict=True)]
         taken: set[int] = set()
-        for turn in range(len(self.texts)):
-            if len(text) >= tokens:
-                break
-            item = next(each for each in ranked[turn % len(shown)] if each not in taken)
-            taken.add(item)
-            begin, end = self.questions.start[item : item + 2]
-            text += [*self.questions.flat[begin:end].tolist(), *self.codec.tail(shown[turn % len(shown)])]
+        for items in itertools.zip_longest(*ranked):
+            for label, item in zip(shown, items, strict=True):
+                if item is None or item in taken or len(text) >= tokens:
+                    continue
+                taken.add(item)
+                begin, end = self.questions.start[item : item + 2]
+                text += [*self.questions.flat[begin:end].tolist(), *self.codec.tail(label)]
         return text
 
     def _past(self, row: int) -> list[tuple[str, int]]:

@@ -28,6 +28,8 @@ PEFT_TYPES = {
     "ia3": "IA3",
     "ln_tuning": "LN_TUNING",
 }
+"""Methods of a recipe -> PEFT's names."""
+
 # A recipe says what to train, never which model it is, which mode, or which code and files to load.
 OURS = ("task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping")
 OTHERS = re.compile("path|tokenizer|megatron|runtime_config|peft_version")

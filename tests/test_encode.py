@@ -104,29 +104,47 @@ def test_a_long_record_loses_the_beginning_of_its_input(codec: Any, tokenizer: A
     assert len(ids) <= 30
 
 
-@pytest.mark.parametrize("tokens", [1, 20, 10_000])
-def test_an_opening_is_a_text_that_nobody_wrote(log: Log, tokenizer: Any, tokens: int) -> None:
-    found = encode.Encoder(log, config.Prompt(header="Films:", item="{title}"), tokenizer, "isolate")
-    text = tokenizer.decode(found.opening(tokens), skip_special_tokens=True)
-    header, *lines = text.splitlines()
+def opening_lines(log: Log, tokenizer: Any, tokens: int = 1_000, **prompt: Any) -> list[str]:
+    task = "rating" if len(log.scale) > 2 else "click"
+    found = encode.Encoder(
+        log, config.Prompt(header="Films:", item="{title}", **prompt), tokenizer, "isolate", task=task
+    )
+    ids = found.opening(tokens)
+    header, *lines = tokenizer.decode(ids, skip_special_tokens=True).splitlines() or ["Films:"]
     assert header == "Films:"
-    answers = [line.rpartition(": ")[2] for line in lines]
-    assert answers == (["no", "yes"] * len(lines))[: len(lines)]
-    titles = [line.rpartition(": ")[0] for line in lines]
-    assert set(titles) <= set(log.items["title"])
-    assert len(set(titles)) == len(titles)
-    assert len(found.opening(tokens)) >= tokens or len(titles) == len(log.items)
+    return lines
 
 
-def test_an_opening_says_what_training_events_agree_on(make_log: Callable[..., Log], tokenizer: Any) -> None:
-    # Item 0 is liked by 9 of 10, item 1 by 1 of 10, item 2 by the one who knows it, item 3 by all, after training.
-    item = [0] * 10 + [1] * 10 + [2] + [3] * 10
-    liked = [1] * 9 + [0] + [1] + [0] * 9 + [1] + [1] * 10
-    log = make_log(list(range(31)), [1] * 31, liked, item=item, split=[0] * 21 + [2] * 10)
-    found = encode.Encoder(log, config.Prompt(header="", item="{title}"), tokenizer, "isolate")
+def test_an_opening_says_what_training_events_say_more_often_of_an_item(
+    make_log: Callable[..., Log], tokenizer: Any
+) -> None:
+    # Half of all training events are likes: of item 0 9 in 10, of item 1 1 in 10, of item 2 one in two; item 3 is liked
+    # by all, after training.
+    item = [0] * 10 + [1] * 10 + [2] * 2 + [3] * 10
+    liked = [1] * 9 + [0] + [1] + [0] * 9 + [1, 0] + [1] * 10
+    log = make_log(list(range(32)), [1] * 32, liked, item=item, split=[0] * 22 + [2] * 10)
     titles = log.items["title"].to_list()
-    lines = tokenizer.decode(found.opening(1_000), skip_special_tokens=True).splitlines()
-    assert lines[:4] == [f"{titles[1]}: no", f"{titles[0]}: yes", f"{titles[3]}: no", f"{titles[2]}: yes"]
+    assert opening_lines(log, tokenizer) == [f"{titles[1]}: no", f"{titles[0]}: yes"]
+    assert opening_lines(log, tokenizer, history="liked") == [f"{titles[0]}: yes"]
+    assert len(opening_lines(log, tokenizer, tokens=6)) == 1
+    held_out = dataclasses.replace(log, split=np.full(len(log), 2))
+    assert opening_lines(held_out, tokenizer) == []
+
+
+def test_an_opening_takes_few_events_for_no_agreement(make_log: Callable[..., Log], tokenizer: Any) -> None:
+    # Three quarters are likes; item 1's two of two say less than item 0's 28 of 30.
+    liked = [1] * 28 + [0] * 2 + [1] * 2 + [0] * 8
+    log = make_log(list(range(40)), [1] * 40, liked, item=[0] * 30 + [1] * 2 + [2] * 8, split=[0] * 40)
+    titles = log.items["title"].to_list()
+    assert opening_lines(log, tokenizer) == [f"{titles[2]}: no", f"{titles[0]}: yes", f"{titles[1]}: yes"]
+
+
+def test_an_opening_gives_no_answer_that_nobody_gave(make_log: Callable[..., Log], tokenizer: Any) -> None:
+    label = [2] * 5 + [0] * 5
+    log = make_log(list(range(10)), [1] * 10, label, item=[0] * 5 + [1] * 5, split=[0] * 10)
+    log = dataclasses.replace(log, scale=(1.0, 2.0, 3.0), rating=np.array(label) + 1.0)
+    titles = log.items["title"].to_list()
+    assert opening_lines(log, tokenizer) == [f"{titles[1]}:1", f"{titles[0]}:3"]
 
 
 def test_records_have_no_opening(make_log: Callable[..., Log], tokenizer: Any) -> None:

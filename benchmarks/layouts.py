@@ -27,7 +27,7 @@ from pages import put
 from workers import Worker
 
 from peftrec import adapters, backbone, config, encode, interactions, scorer, split, train
-from peftrec.bootstrap import bootstrap
+from peftrec.bootstrap import Bootstrap, bootstrap
 from peftrec.draws import drawn_order
 from peftrec.target import Target
 from peftrec.timeline import WindowDataset, collate
@@ -62,14 +62,11 @@ def main() -> None:
     few = dataclasses.replace(log, split=np.where(np.isin(np.arange(len(log)), learned), split.TRAIN, split.TEST))
     loaded = backbone.load(base.model)
     datasets, models = {}, {}
-    texts: list[dict[str, str]] = []
     for name, prompt in layouts.items():
         encoder = encode.Encoder(few, prompt, loaded.tokenizer, base.eval.ties)
         datasets[name] = encoder.train(None)
         if name == "timeline":
             test = encoder.evaluate(test_rows, "streaming", None)
-        else:
-            texts = _as_text(datasets[name], encoder)
         fresh = backbone.load(base.model).model
         models[name] = adapters.attach(
             scorer.answer_only(fresh, encoder.codec.answers), base.adapter, base_name=loaded.base.hub_id, seed=base.seed
@@ -86,29 +83,23 @@ def main() -> None:
     scores: dict[str, np.ndarray] = {}
     seconds: dict[str, float] = {}
     steps = len(datasets["timeline"])
+    # LoRA begins as the base model.
+    untrained = Target().measure(train.score(models["timeline"], test, description="score")[1])[0]
     for name in layouts:
         seconds[name], rows, scores[name] = _train_and_score(models[name], datasets[name], test, base, steps)
     if arguments.peers_python:
+        texts = _as_text(datasets["pointwise"], encoder.codec)
         fresh = scorer.answer_only(backbone.load(base.model).model, encoder.codec.answers)
         seconds["TRL"], model = _by_trl(arguments.peers_python, texts, fresh, loaded, base, steps)
         scores["TRL"] = Target().measure(train.score(model, test, description="score")[1])[0]
+    scores["untrained"] = untrained
     measured = bootstrap(log.label[rows], scores, log.user[rows], n=1000, seed=base.seed)
-    lines = [
-        "| layout | events learned a second | tokens an event | seconds for the epoch | test AUC |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for name in scores:
-        area = measured.intervals[name]["auc"]
-        rate = f"{statistics.median(speeds[name]):.2f}" if name in speeds else "-"
-        tokens = f"{datasets[name].tokens / datasets[name].events:.1f}" if name in datasets else "-"
-        lines.append(
-            f"| {name} | {rate} | {tokens} | {seconds[name]:.0f} | {area.point:.3f} [{area.low:.3f}, {area.high:.3f}] |"
-        )
     differences = [
         f"minus {name}: {found['auc'].point:+.3f} [{found['auc'].low:+.3f}, {found['auc'].high:+.3f}]"
         for name, found in measured.differences.items()
     ]
-    lines += [
+    lines = [
+        *_rows(measured, speeds, datasets, seconds),
         "",
         f"{len(learned):,} training events of {len(np.unique(log.user[learned]))} people in {steps} steps, "
         f"{len(rows):,} test rows of {len(np.unique(log.user[rows]))} people; pointwise prompts show at most "
@@ -121,17 +112,31 @@ def main() -> None:
         put("pointwise", "\n".join(lines))
 
 
-def _as_text(data: WindowDataset, encoder: encode.Encoder) -> list[dict[str, str]]:
-    """Prompt and completion of each pointwise window, whose text together is the window's up to its last line end."""
-    codec, log = encoder.codec, encoder.log
+def _rows(
+    measured: Bootstrap, speeds: dict[str, list[float]], datasets: dict[str, WindowDataset], seconds: dict[str, float]
+) -> list[str]:
+    """The table's, of whatever was measured of each way."""
+    lines = [
+        "| layout | events learned a second | tokens an event | seconds for the epoch | test AUC |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, found in measured.intervals.items():
+        area = found["auc"]
+        rate = f"{statistics.median(speeds[name]):.2f}" if name in speeds else "-"
+        took = f"{seconds[name]:.0f}" if name in seconds else "-"
+        tokens = f"{datasets[name].tokens / datasets[name].events:.1f}" if name in datasets else "-"
+        lines.append(f"| {name} | {rate} | {tokens} | {took} | {area.point:.3f} [{area.low:.3f}, {area.high:.3f}] |")
+    return lines
+
+
+def _as_text(data: WindowDataset, codec: Any) -> list[dict[str, str]]:
+    """Prompt and completion of each pointwise window: its tokens up to where the answer is read, and the answer."""
     made = []
     for index in range(len(data.windows)):
-        *past, asked = data.windows.events_of(index).tolist()
-        titles = [f"{encoder.texts[int(log.item[row])]}:" for row in (*past, asked)]
-        answers = [codec.answer_texts[int(log.label[row])] for row in (*past, asked)]
-        shown = "".join(f"{title}{answer}\n" for title, answer in zip(titles[:-1], answers[:-1], strict=True))
-        begin = (codec.tokenizer.bos_token or "") + codec.header_text + shown
-        made.append({"prompt": begin + titles[-1], "completion": answers[-1]})
+        window = data.windows.arrays(index)
+        read = int(np.flatnonzero(window["row"] >= 0)[0])
+        prompt, answer = codec.tokenizer.decode(window["input_ids"][: read + 1]), int(window["input_ids"][read + 1])
+        made.append({"prompt": prompt, "completion": codec.tokenizer.decode([answer])})
     return made
 
 

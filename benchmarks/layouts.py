@@ -7,9 +7,9 @@ rows each, the median of the pairs' ratios. And what does it cost in AUC? Each l
 events in equally many steps from the same start; then both adapters score the same test rows, of people drawn from
 everybody, read as timelines (a score does not depend on the layout in which it is asked). The difference has an
 interval from resampled users. Pointwise prompts are packed into rows without padding too, which favours them.
-With the peers' interpreter, TRL's SFTTrainer learns from the pointwise prompts as well, once, as text in about as many
-steps, by its own schedule, with an end token behind each answer and events of one timestamp in sight of each other; its
-adapter scores the same rows. peers.py has its speed.
+With the peers' interpreter, TRL's SFTTrainer learns from the pointwise prompts as well, once at each of two learning
+rates, as text in steps of four prompts, by its own schedule, with an end token behind each answer and events of one
+timestamp in sight of each other; its adapters score the same rows. peers.py has its speed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from peftrec.target import Target
 from peftrec.timeline import WindowDataset, collate
 
 RECIPE = Path(__file__).parent.parent / "recipes/configs/ml-100k/click_lora_demo.yaml"
-TRL_BATCH = 4  # prompts of a forward, the faster one in peers.py
+TRL_BATCH = 4  # prompts of a step, the faster one in peers.py
+TRL_RATES = (2e-4, 1e-3)  # what is usual for LoRA, and the recipe's
 
 
 def main() -> None:
@@ -89,9 +90,11 @@ def main() -> None:
         seconds[name], rows, scores[name] = _train_and_score(models[name], datasets[name], test, base, steps)
     if arguments.peers_python:
         texts = _as_text(datasets["pointwise"], encoder.codec)
-        fresh = scorer.answer_only(backbone.load(base.model).model, encoder.codec.answers)
-        seconds["TRL"], model = _by_trl(arguments.peers_python, texts, fresh, loaded, base, steps)
-        scores["TRL"] = Target().measure(train.score(model, test, description="score")[1])[0]
+        for rate in TRL_RATES:
+            name = f"TRL at {rate:g}"
+            fresh = scorer.answer_only(backbone.load(base.model).model, encoder.codec.answers)
+            seconds[name], model = _by_trl(arguments.peers_python, texts, fresh, loaded, base.adapter, rate)
+            scores[name] = Target().measure(train.score(model, test, description="score")[1])[0]
     scores["untrained"] = untrained
     measured = bootstrap(log.label[rows], scores, log.user[rows], n=1000, seed=base.seed)
     differences = [
@@ -141,10 +144,9 @@ def _as_text(data: WindowDataset, codec: Any) -> list[dict[str, str]]:
 
 
 def _by_trl(
-    python: Path, rows: list[dict[str, str]], model: Any, loaded: Any, recipe: config.Recipe, steps: int
+    python: Path, rows: list[dict[str, str]], model: Any, loaded: Any, how: config.Adapter, rate: float
 ) -> tuple[float, Any]:
     """Seconds that TRL's trainer takes over `rows`, and `model` with the adapter that it learned."""
-    how = recipe.adapter
     lora = {"r": how.r, "lora_alpha": how.lora_alpha, "target_modules": list(how.target_modules)}
     with tempfile.TemporaryDirectory() as folder:
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -159,16 +161,7 @@ def _by_trl(
             lora=lora,
         )
         learned = str(Path(folder, "adapter"))
-        accumulate = max(1, round(len(rows) / TRL_BATCH / steps))
-        took = worker.ask(
-            "sft",
-            rows=rows,
-            batch=TRL_BATCH,
-            packing=False,
-            accumulate=accumulate,
-            learning_rate=recipe.train.learning_rate,
-            adapter=learned,
-        )
+        took = worker.ask("sft", rows=rows, batch=TRL_BATCH, packing=False, learning_rate=rate, adapter=learned)
         worker.close()
         return took["seconds"], adapters.load(model, learned)
 

@@ -89,7 +89,6 @@ def sft(
     rows: list[dict[str, str]],
     batch: int,
     packing: bool,
-    accumulate: int = 1,
     learning_rate: float = 5e-4,
     adapter: str | None = None,
 ) -> dict[str, float]:
@@ -97,9 +96,8 @@ def sft(
 
     Args:
         rows: of prompt and completion.
-        batch: rows of a forward.
+        batch: rows of a step.
         packing: whether several share a row.
-        accumulate: forwards of a step.
         learning_rate: at the start; it falls linearly.
         adapter: folder for what was learned.
     """
@@ -111,7 +109,6 @@ def sft(
             args=SFTConfig(
                 output_dir=folder,
                 per_device_train_batch_size=batch,
-                gradient_accumulation_steps=accumulate,
                 num_train_epochs=1,
                 learning_rate=learning_rate,
                 max_length=MOST_TOKENS,

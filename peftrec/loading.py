@@ -223,7 +223,7 @@ def put_on(base: Backbone, folder: Path, about: artifact.Artifact, sources: Sour
             heads.resize(model, target.outputs)
     model = adapters.load(scorer.with_head(model, target.head, about.prompt.answer_ids), folder)
     if sources:
-        side.load(model, folder, sources)
+        side.load(model, folder, sources, target.outputs)
     return model
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peftrec import fused
+from peftrec import fused, side
 from peftrec.errors import ModelError
 from peftrec.target import pair_losses
 from peftrec.timeline import WindowDataset, collate
@@ -99,16 +99,27 @@ def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def read_outputs(model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """The head's outputs (N, K) at the batch's N read positions: `reads` (B, T), or without such, where labels are."""
-    mask = sight_mask(batch, dtype)
-    reads = fused.read_at(mask, batch["reads"] if "reads" in batch else batch["labels"] >= 0)
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=mask,
-        position_ids=batch["position_ids"],
+    return _ask(
+        model,
+        batch["input_ids"],
+        sight_mask(batch, dtype),
+        batch["position_ids"],
+        batch["reads"] if "reads" in batch else batch["labels"] >= 0,
         use_cache=False,
         **{key: batch[key] for key in ("token_type_ids",) if key in batch},
-    ).logits
-    return reads.of(logits)
+    )
+
+
+def _ask(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, places: torch.Tensor, **more: Any
+) -> torch.Tensor:
+    """The head's outputs (N, K) at the N true `places` (B, T), with what side vectors say there."""
+    beside = side.of(model)
+    if beside is not None:
+        ids = beside.thinned(ids)
+    reads = fused.read_at(mask, places)
+    outputs = reads.of(model(input_ids=ids, attention_mask=mask, position_ids=positions, **more).logits)
+    return outputs if beside is None else beside.read(outputs, ids[places])
 
 
 @torch.inference_mode()
@@ -213,17 +224,18 @@ def score_candidates(model: Any, history: np.ndarray, candidates: Pieces, *, chu
         seen = torch.cat((seen.new_ones(len(ids), held), seen), dim=1)
         mask = _additive(seen[None], model.dtype)
         ends = torch.as_tensor(candidates.start[first + 1 : last + 1] - begin - 1 + new, device=device)
-        reads = fused.read_at(mask, torch.isin(place, ends)[None])
-        logits = model(
-            input_ids=ids[None].to(device),
-            attention_mask=mask,
-            position_ids=(offset + torch.where(event == 0, held, past))[None],
+        found = _ask(
+            model,
+            ids[None].to(device),
+            mask,
+            (offset + torch.where(event == 0, held, past))[None],
+            torch.isin(place, ends)[None],
             past_key_values=cache,
             use_cache=True,
-        ).logits
+        )
         cache.crop(begin - end)  # negative: so many tokens from the end
         held = past
-        outputs.append(reads.of(logits).float().cpu().numpy())
+        outputs.append(found.float().cpu().numpy())
     if kept is not None and outputs:
         kept.put(model, cache, history)
     return np.concatenate(outputs) if outputs else np.zeros((0, 1), dtype=np.float32)
@@ -275,9 +287,7 @@ def _score_together(model: Any, histories: Sequence[np.ndarray], candidates: Seq
     ends = np.concatenate([begin + one.start[1:] - 1 for begin, one in zip(begins, candidates, strict=True)])
     places = torch.zeros(1, len(request), dtype=torch.bool, device=model.device)
     places[0, ends] = True
-    reads = fused.read_at(mask, places)
-    logits = model(input_ids=ids[None], attention_mask=mask, position_ids=positions[None], use_cache=False).logits
-    outputs = reads.of(logits).float().cpu().numpy()
+    outputs = _ask(model, ids[None], mask, positions[None], places, use_cache=False).float().cpu().numpy()
     return np.split(outputs, np.cumsum([len(pieces.lengths) for pieces in candidates])[:-1])
 
 

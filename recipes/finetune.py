@@ -319,7 +319,7 @@ def _attach(learner: Learner, recipe: config.Recipe, rows: int, say: Say) -> Non
         opening=encoder.opening,
     )
     if learner.beside is not None:
-        side.attach(learner.model, learner.beside, recipe.side, seed=recipe.seed)
+        side.attach(learner.model, learner.beside, recipe.side, learner.target.outputs, seed=recipe.seed)
     if learner.start is not None:
         earlier.take_over(learner.model, learner.start, recipe.task, stacked=recipe.start.stack)
         say(f"start: {learner.start.name}{', below a new adapter' if recipe.start.stack else ''}")

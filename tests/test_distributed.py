@@ -93,7 +93,7 @@ def do(base: Path, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
             data=config.Data(name="ml-100k"), side=config.Side(als=True, dropout=0.0), output_dir="x"
         )
         beside = side_vectors.of_run(log, recipe)
-        side.attach(model, beside, recipe.side, seed=3)
+        side.attach(model, beside, recipe.side, 2, seed=3)
     learned, valid = datasets(log, codec, beside)
     alignment = None
     if job.get("align"):

@@ -89,7 +89,7 @@ class Run:
         self.encoder = self.encoder_with(self.vectors)
         model = scorer.with_head(self.loaded.model, "tokens", self.encoder.codec.answers)
         self.model = adapters.attach(model, self.recipe.adapter, base_name="tiny", seed=3, steps=100)
-        side.attach(self.model, self.vectors, self.recipe.side, seed=3)
+        side.attach(self.model, self.vectors, self.recipe.side, 2, seed=3)
         if stirred:
             stir(self.model)
 
@@ -334,11 +334,26 @@ def test_sources_add_up_and_people_have_vectors_too(tiny_llama_folder: Path, tmp
     assert "users.vector" not in load_file(folder / side_vectors.FILE)
 
 
+def test_a_readout_adds_what_the_vectors_say(tiny_llama_folder: Path) -> None:
+    """With projectors at zero an output is the text's, plus the network of this very event's vector, plus nothing."""
+    made = Run(tiny_llama_folder, a_log(), stirred=False, side={"als": True, "hidden_size": 8})
+    network = side.of(made.model).readouts["als"]  # type: ignore[union-attr]
+    stir(network)
+    rows = np.flatnonzero(made.log.split > 0)
+    numbers, (part,) = made.vectors.evaluation[rows], made.vectors.table.parts.values()
+    row = np.where(numbers > 0, part.row[np.searchsorted(made.vectors.table.numbers, numbers)], -1)
+    with torch.no_grad():
+        said = network(torch.from_numpy(part.vectors[row])).numpy() * (row >= 0)[:, None]
+    assert (row < 0).any()
+    assert np.abs(said).max() > 0.1
+    np.testing.assert_allclose(made.outputs(), made.outputs(made.encoder_with(None)) + said, **CLOSE)
+
+
 def test_training_moves_projectors_and_not_the_base(tiny_llama_folder: Path, tmp_path: Path) -> None:
     made = Run(tiny_llama_folder, a_log(), stirred=False, side={"als": True, "dropout": 0.5})
     trained = {name for name, p in made.model.named_parameters() if p.requires_grad}
     frozen = {name: p.clone() for name, p in made.model.named_parameters() if name not in trained}
-    assert sum("side.projectors.als" in name for name in trained) == 3
+    assert sum(f"side.{kind}.als" in name for kind in ("projectors", "readouts") for name in trained) == 6
     data = made.encoder.train(None)
     optimizer = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=1.0)
     made.model.train()
@@ -493,6 +508,23 @@ def test_projectors_of_another_model(run: Run, saved: Path, tmp_path: Path) -> N
         ModelError, match=r"side.safetensors: its projectors do not fit this base model \(.*size mismatch"
     ):
         run.load(folder)
+
+
+def test_an_adapter_without_readouts_is_read_as_it_was(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """Adapters of earlier days have projectors alone."""
+    made = Run(tiny_llama_folder, a_log(), side={"als": True})
+    folder = made.save(tmp_path / "adapter")
+    asked = [("i0", 1), ("i1", 0)], ["i2", "i3"]
+    both = made.load(folder).score(*asked)
+    whole = load_file(folder / side_vectors.FILE)
+    old = {name: tensor for name, tensor in whole.items() if not name.startswith("projector.readout.")}
+    assert len(whole) - len(old) == 3
+    save_file(old, folder / side_vectors.FILE)
+    for parameter in side.of(made.model).readouts.parameters():  # type: ignore[union-attr]
+        parameter.data.zero_()
+    without = made.load(made.save(tmp_path / "zero")).score(*asked)
+    np.testing.assert_array_equal(made.load(folder).score(*asked), without)
+    assert np.abs(np.subtract(both, without)).max() > 0.01
 
 
 def test_an_export_cannot_hold_them(saved: Path, tmp_path: Path, exports: list[Callable[..., Any]]) -> None:

@@ -282,6 +282,12 @@ RULES = (
         for others, applies, text in SIDE_RULES
     ),
     Rule(
+        "score.recency",
+        ("train.order",),
+        lambda recipe: recipe.score.recency and recipe.train.order == "random",
+        "under train.order: random events know later ones, and none is the latest; set it to time, or leave this out",
+    ),
+    Rule(
         "side.als",
         ("train.order",),
         _side("als", lambda recipe: recipe.train.order == "random"),

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from peftrec import baselines, boosting, bpmf, classical, click_factors, lstm_clicks, rating_baselines
+from peftrec import baselines, boosting, bpmf, classical, click_factors, lstm_clicks, rating_baselines, recency
 from peftrec.baselines import History, Prior, Shrinkage
 from peftrec.bpmf import BpmfPrior
 from peftrec.click_factors import ClickFactors
 from peftrec.errors import DataError, ModelError
 from peftrec.rating_baselines import RatingPrior
+from peftrec.recency import RecentPrior
 
 if TYPE_CHECKING:
     from peftrec.config import Recipe
     from peftrec.split import Log
 
 
-SavedPrior = Prior | ClickFactors | RatingPrior | BpmfPrior
+SavedPrior = Prior | ClickFactors | RatingPrior | BpmfPrior | RecentPrior
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def prior_from_json(task: Literal["click", "rating"], text: str) -> SavedPrior:
     Raises:
         ModelError: the text is none.
     """
+    if f'"{recency.NAME}"' in text[:20]:
+        return RecentPrior.from_json(text, partial(prior_from_json, task))
     if f'"{bpmf.NAME}"' in text[:20]:
         prior = BpmfPrior.from_json(text)
         if (prior.log_odds is None) is (task == "click"):
@@ -110,7 +114,19 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
         bayes = bpmf.predict(log, *ways, item_mean, recipe.seed, training=kind == bpmf.NAME, items=items)
         found, settings = {**found, bpmf.NAME: bayes.scores}, {**settings, bpmf.NAME: bayes.settings}
         saved = _loadable(bayes.prior) if kind == bpmf.NAME else saved
-    prior = None if kind == "none" else found[kind].astype(np.float32)
+    prior = None if kind == "none" else found[kind]
+    if recipe.score.recency and prior is not None and saved is not None:
+        recent = recency.predict(
+            log,
+            evaluation.history,
+            evaluation.ties,
+            items or evaluation.history,
+            (prior, saved),
+            clicks=recipe.task == "click",
+        )
+        prior, saved = recent.scores, recent.prior
+        found, settings = {**found, recency.NAME: prior}, {**settings, recency.NAME: recent.settings}
+        wanted |= {recency.NAME: None}
     others = classical.predict(log, evaluation.baselines, evaluation.history, evaluation.ties, recipe.task, recipe.seed)
     found, settings = {**found, **others.scores}, {**settings, **dict(others.settings)}
     if boosting.NAME in wanted and (log.item >= 0).any():
@@ -119,7 +135,7 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
     reported = {
         name: found[name] for name in wanted if name in found and (name != kind or name in evaluation.baselines)
     }
-    return Opponents(reported, prior, saved, settings)
+    return Opponents(reported, None if prior is None else prior.astype(np.float32), saved, settings)
 
 
 def _loadable(prior: BpmfPrior) -> BpmfPrior:

@@ -1,0 +1,175 @@
+"""What a person answered of late: means by hand, nothing from the future, and the same when it is asked for later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import random_log
+from sklearn.metrics import roc_auc_score
+
+from peftrec import baselines, opponents, recency
+from peftrec.config import parse_recipe
+from peftrec.errors import ConfigError, ModelError
+from peftrec.recency import RecentPrior
+from peftrec.split import Log
+
+PLAIN = baselines.Prior(0.0, {}, 1.0)
+WEIGHTS = (0.25, 1.0, 0.5, 0.0, 0.0, 0.0)
+
+
+def test_means_by_hand() -> None:
+    """Five events that were as expected belong to each mean; the last 3 of 4 are -1, 1 and 1."""
+    found = recency._means(np.array([1.0, -1.0, 1.0, 1.0]), np.array([0, 1, 4]))
+    assert found[0] == pytest.approx([0, 0, 0, 0])
+    assert found[1] == pytest.approx([1 / 6] * 4)
+    assert found[2] == pytest.approx([1 / 8, 2 / 9, 2 / 9, 2 / 9])
+
+
+def test_a_prior_by_hand() -> None:
+    """Two likes, of an item that half like and of an unknown one; last three: (0.5 + 0.2) / (2 + 5)."""
+    prior = RecentPrior(WEIGHTS, 0.8, {"7": 0.5}, None, PLAIN)
+    told = PLAIN.scores([7, 9], [1, 1], ["a", "b"])
+    assert prior.scores([7, 9], [1, 1], ["a", "b"]) == pytest.approx(0.25 + told + 0.5 * 0.1)
+    assert prior.scores([], [], ["a"]) == pytest.approx([0.25])
+    ratings = replace(prior, mean=3.0, expected={}, bounds=(1.0, 5.0), weights=(9.0, *WEIGHTS[1:]))
+    assert ratings.scores([7], [4], ["a"]).tolist() == [5.0]
+
+
+def ratings_of(log: Log) -> Log:
+    return replace(log, scale=(1.0, 2.0, 3.0), label=(log.label + log.item % 2).astype(np.int8))
+
+
+def scores(log: Log, history: Any, ties: Any = "isolate") -> np.ndarray:
+    told = np.full(len(log), np.mean(log.scale)), PLAIN
+    return recency.predict(log, history, ties, history, told, clicks=len(log.scale) == 2).scores
+
+
+@pytest.fixture
+def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are learned from all training answers; everything else must know the past alone."""
+    monkeypatch.setattr(recency, "_fit", lambda *_: (0.0, 1.0, 0.7, -0.3, 0.2, 0.5))
+
+
+@pytest.mark.usefixtures("fixed")
+@pytest.mark.parametrize("ties", ["isolate", "order"])
+@pytest.mark.parametrize("kind", [lambda log: log, ratings_of])
+def test_no_row_knows_an_answer_of_its_moment_or_later(kind: Callable[[Log], Log], ties: Any) -> None:
+    log = kind(random_log(3))
+    before = scores(log, "streaming", ties)
+    told = 0
+    for row in range(len(log)):
+        label = log.label.copy()
+        label[row] = (label[row] + 1) % len(log.scale)
+        moved = np.flatnonzero(np.abs(scores(replace(log, label=label), "streaming", ties) - before) > 1e-12)
+        told += len(moved)
+        own = log.user[moved] == log.user[row]
+        later = (moved > row) if ties == "order" else log.timestamp[moved] > log.timestamp[row]
+        # Held-out rows look at training events with all that training tells of their items.
+        settled = (log.split[row] == 0) & (log.split[moved] > 0)
+        assert (np.where(own, later, log.timestamp[moved] > log.timestamp[row]) | settled).all()
+        assert row not in moved
+    assert told > len(log)
+
+
+@pytest.mark.parametrize("task", ["click", "rating"])
+@pytest.mark.parametrize("prior", ["bias", "mf"])
+def test_what_is_saved_scores_a_frozen_row_as_the_run_did(task: str, prior: str) -> None:
+    log = random_log(5) if task == "click" else ratings_of(random_log(5))
+    log = replace(log, rating=None if task == "click" else np.asarray(log.scale, dtype=np.float32)[log.label])
+    recipe = a_recipe(task=task, score={"prior": prior, "recency": True}, eval={"history": "frozen"})
+    found = opponents.measure(log, recipe)
+    assert found.saved_prior is not None
+    assert found.prior is not None
+    np.testing.assert_array_equal(found.prior, found.scores["recent"].astype(np.float32))
+    saved = opponents.prior_from_json(recipe.task, found.saved_prior.to_json())
+    assert saved == found.saved_prior
+    ids, answers = log.items["item_id"].to_list(), np.asarray(log.scale)[log.label]
+    for row in np.flatnonzero(log.split == 2):
+        met = np.flatnonzero((log.user == log.user[row]) & (log.split == 0))
+        told = saved.scores([ids[log.item[one]] for one in met], answers[met], [ids[log.item[row]]])
+        assert told == pytest.approx(found.scores["recent"][row], abs=1e-6)
+
+
+def a_recipe(**sections: Any) -> Any:
+    return parse_recipe({"data": {"name": "ml-100k"}, "output_dir": "x", **sections}, "a recipe")
+
+
+def test_a_mood_that_turns_is_told() -> None:
+    """Everybody likes all for twenty events and nothing for twenty, in turn: the bias sees half and half."""
+    users, events = 12, 120
+    rng = np.random.default_rng(2)
+    time = np.tile(np.arange(events), users)
+    label = ((time // 20) % 2 == 0) ^ (rng.random(len(time)) < 0.1)
+    split = np.select([time >= 100, time >= 90], [2, 1], 0).astype(np.int8)
+    log = replace(
+        random_log(1, users=users, events=events),
+        timestamp=time,
+        label=label.astype(np.int8),
+        item=rng.integers(0, 8, len(time)).astype(np.int32),
+        split=split,
+    )
+    found = opponents.measure(log, a_recipe(task="click", score={"prior": "bias", "recency": True}))
+    train = split == 0
+    area = {name: roc_auc_score(label[train], found.scores[name][train]) for name in ("bias", "recent")}
+    assert area["recent"] > area["bias"] + 0.2
+    assert found.settings["recent"]["last_3"] > 0.5
+
+
+def test_nothing_to_learn_from_is_the_prior_alone() -> None:
+    assert recency._fit(np.zeros(0), np.zeros((0, 4)), np.zeros(0), clicks=True) == (0, 1, 0, 0, 0, 0)
+    assert recency._fit(np.zeros(0), np.zeros((0, 4)), np.zeros(0), clicks=False) == (0, 1, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": [1.0]},
+        {"weights": [1e9, 1, 0, 0, 0, 0]},
+        {"weights": None},
+        {"bounds": [5, 1]},
+        {"bounds": 3},
+        {"expected": {"7": "high"}},
+        {"expected": [1]},
+        {"mean": None},
+        {"prior": {"mean": 0}},
+        {"prior": {"recent": 1}},
+        {"recent": 2},
+        {"more": 1},
+    ],
+)
+def test_a_broken_prior_is_refused_in_one_line(change: dict[str, Any]) -> None:
+    whole = json.loads(RecentPrior(WEIGHTS, 0.8, {"7": 0.5}, None, PLAIN).to_json())
+    with pytest.raises(ModelError, match=r"^prior: [^\n]+; fetch the adapter again$"):
+        opponents.prior_from_json("click", json.dumps({**whole, **change}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        ({"score": {"recency": True}}, "score.recency: does nothing under score.prior: none"),
+        (
+            {
+                "score": {"prior": "bias", "recency": True},
+                "train": {"order": "random"},
+                "eval": {"history": "frozen"},
+                "task": "rating",
+            },
+            "score.recency: true; under train.order: random events know later ones",
+        ),
+    ],
+)
+def test_recipes_in_which_it_means_nothing(sections: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        a_recipe(**sections)
+
+
+def test_the_other_prior_is_read_by_its_task() -> None:
+    text = RecentPrior(WEIGHTS, 0.8, {"7": 0.5}, (1.0, 5.0), PLAIN).to_json()
+    with pytest.raises(ModelError):
+        RecentPrior.from_json(text, partial(opponents.prior_from_json, "rating"))

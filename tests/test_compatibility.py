@@ -142,6 +142,14 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "side.items: v.npz; nothing is trained under adapter.method: none",
     ),
     (
+        {
+            "score": {"prior": "bias", "recency": True},
+            "train": {"order": "random"},
+            "eval": {"history": "frozen"},
+        },
+        "score.recency: true; under train.order: random events know later ones",
+    ),
+    (
         {"side": {"als": True}, "train": {"order": "random"}, "eval": {"history": "frozen"}},
         "side.als: true; a person's factors follow from what came before",
     ),

@@ -56,6 +56,7 @@ ORDER = (
     "lstm_clicks",
     "boosting",
     "bpmf",
+    "recency",
     "opponents",
     "retrieval",
     "side_als",

@@ -96,7 +96,7 @@ def idle(recipe: Any) -> dict[str, str]:
         (layout == "pointwise", "prompt.layout", "train.pairwise"),
         (recipe.train.lr_scheduler_type == "constant", "train.lr_scheduler_type", "train.warmup_steps"),
         (recipe.score.head == "linear", "score.head", "score.loss"),
-        (recipe.score.prior == "none", "score.prior", "score.recency"),
+        (recipe.score.prior == "none", "score.prior", "score.blend"),
         (recipe.score.head != "tokens", "score.head", "eval.base_model"),
         (recipe.task == "rating" and recipe.prompt.history == "all", "prompt.history", "data.like_at"),
         (recipe.train.evals == 0, "train.evals", "train.early_stopping_patience train.metric_for_best_model"),
@@ -156,8 +156,8 @@ def _negative_conflicts(recipe: Any) -> Iterator[tuple[str, tuple[str, ...], str
         yield "eval.baselines", drawn, text
     if recipe.side.als:
         yield "side.als", drawn, f"true; {counts}; set it to false"
-    if recipe.score.recency:
-        yield "score.recency", drawn, f"true; {counts}; set it to false"
+    if recipe.score.blend:
+        yield "score.blend", drawn, f"true; {counts}; set it to false"
     if recipe.align.used:
         text = f"{recipe.align.kind}; it aligns with events, of which drawn ones (data.sampled_negatives) are none"
         yield "align.kind", drawn, f"{text}; leave one of them out"

@@ -282,9 +282,9 @@ RULES = (
         for others, applies, text in SIDE_RULES
     ),
     Rule(
-        "score.recency",
+        "score.blend",
         ("train.order",),
-        lambda recipe: recipe.score.recency and recipe.train.order == "random",
+        lambda recipe: recipe.score.blend and recipe.train.order == "random",
         "under train.order: random events know later ones, and none is the latest; set it to time, or leave this out",
     ),
     Rule(

@@ -281,8 +281,9 @@ class Score:
     prior: Literal["none", "bias", "mf", "bpmf"] = "none"
     """`bias`: the model learns what the closed-form user and item bias leaves over; `mf`: what matrix
     factorisation does; `bpmf`: what Bayesian matrix factorisation with side information does."""
-    recency: bool = False
-    """Weigh with the prior what the person answered of late: the last 3, 10 and 30 events, and all."""
+    blend: bool = False
+    """Weigh the prior with the item's mean, by the order within people, and with what the person answered of late: the
+    last 3, 10 and 30 events, and all."""
     calibration: Literal["none", "temperature", "isotonic"] = "none"
     """A curve through which scores go at the end, fitted on the validation rows: one factor for the log-odds of clicks,
     or any that rises."""

@@ -23,7 +23,7 @@ LABELS = {
     "bias": "user+item bias",
     "mf": "matrix factorisation",
     "bpmf": "Bayesian MF",
-    "recent": "prior and recency",
+    "blend": "blended prior",
     "item_knn": "item k-NN",
     "svd": "SVD",
     "svdpp": "SVD++",

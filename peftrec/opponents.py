@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from peftrec import baselines, boosting, bpmf, classical, click_factors, lstm_clicks, rating_baselines, recency
+from peftrec import baselines, blend, boosting, bpmf, classical, click_factors, lstm_clicks, rating_baselines
 from peftrec.baselines import History, Prior, Shrinkage
+from peftrec.blend import BlendedPrior
 from peftrec.bpmf import BpmfPrior
 from peftrec.click_factors import ClickFactors
 from peftrec.errors import DataError, ModelError
 from peftrec.rating_baselines import RatingPrior
-from peftrec.recency import RecentPrior
 
 if TYPE_CHECKING:
     from peftrec.config import Recipe
     from peftrec.split import Log
 
 
-SavedPrior = Prior | ClickFactors | RatingPrior | BpmfPrior | RecentPrior
+SavedPrior = Prior | ClickFactors | RatingPrior | BpmfPrior | BlendedPrior
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def prior_from_json(task: Literal["click", "rating"], text: str) -> SavedPrior:
     Raises:
         ModelError: the text is none.
     """
-    if f'"{recency.NAME}"' in text[:20]:
-        return RecentPrior.from_json(text, partial(prior_from_json, task))
+    if f'"{blend.NAME}"' in text[:20]:
+        return BlendedPrior.from_json(text, partial(prior_from_json, task))
     if f'"{bpmf.NAME}"' in text[:20]:
         prior = BpmfPrior.from_json(text)
         if (prior.log_odds is None) is (task == "click"):
@@ -115,8 +115,8 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
         found, settings = {**found, bpmf.NAME: bayes.scores}, {**settings, bpmf.NAME: bayes.settings}
         saved = _loadable(bayes.prior) if kind == bpmf.NAME else saved
     prior = None if kind == "none" else found[kind]
-    if recipe.score.recency and prior is not None and saved is not None:
-        recent = recency.predict(
+    if recipe.score.blend and prior is not None and saved is not None:
+        blended = blend.predict(
             log,
             evaluation.history,
             evaluation.ties,
@@ -124,9 +124,9 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
             (prior, saved),
             clicks=recipe.task == "click",
         )
-        prior, saved = recent.scores, recent.prior
-        found, settings = {**found, recency.NAME: prior}, {**settings, recency.NAME: recent.settings}
-        wanted |= {recency.NAME: None}
+        prior, saved = blended.scores, blended.prior
+        found, settings = {**found, blend.NAME: prior}, {**settings, blend.NAME: blended.settings}
+        wanted |= {blend.NAME: None}
     others = classical.predict(log, evaluation.baselines, evaluation.history, evaluation.ties, recipe.task, recipe.seed)
     found, settings = {**found, **others.scores}, {**settings, **dict(others.settings)}
     if boosting.NAME in wanted and (log.item >= 0).any():

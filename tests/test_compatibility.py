@@ -143,11 +143,11 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {
-            "score": {"prior": "bias", "recency": True},
+            "score": {"prior": "bias", "blend": True},
             "train": {"order": "random"},
             "eval": {"history": "frozen"},
         },
-        "score.recency: true; under train.order: random events know later ones",
+        "score.blend: true; under train.order: random events know later ones",
     ),
     (
         {"side": {"als": True}, "train": {"order": "random"}, "eval": {"history": "frozen"}},

@@ -430,7 +430,7 @@ def test_bad_overrides_name_the_command_line(tmp_path: Path) -> None:
         "command line: trian.evals: unknown key; did you mean train.evals?",
         "command line: eval.ties: no value; expected --eval.ties VALUE",
         "command line: a.b.c: unknown key",
-        "x.yaml: score: 'bias'; expected a mapping with the keys head, loss, prior, recency, calibration",
+        "x.yaml: score: 'bias'; expected a mapping with the keys head, loss, prior, blend, calibration",
         "x.yaml: train.r: unknown key; did you mean adapter.r?",
         "command line: train.evals: 'x'; expected a whole number",
     ]

@@ -56,7 +56,7 @@ ORDER = (
     "lstm_clicks",
     "boosting",
     "bpmf",
-    "recency",
+    "blend",
     "opponents",
     "retrieval",
     "side_als",

@@ -1,4 +1,4 @@
-"""What a person answered of late: means by hand, nothing from the future, and the same when it is asked for later."""
+"""A blended prior: weights and means by hand, nothing from the future, and the same when it is asked for later."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ import pytest
 from conftest import random_log
 from sklearn.metrics import roc_auc_score
 
-from peftrec import baselines, opponents, recency
+from peftrec import baselines, blend, opponents
+from peftrec.blend import BlendedPrior
 from peftrec.config import parse_recipe
 from peftrec.errors import ConfigError, ModelError
-from peftrec.recency import RecentPrior
 from peftrec.split import Log
 
 PLAIN = baselines.Prior(0.0, {}, 1.0)
-WEIGHTS = (0.25, 1.0, 0.5, 0.0, 0.0, 0.0)
+WEIGHTS = (0.25, 1.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0)
 
 
 def test_means_by_hand() -> None:
-    """Five events that were as expected belong to each mean; the last 3 of 4 are -1, 1 and 1."""
-    found = recency._means(np.array([1.0, -1.0, 1.0, 1.0]), np.array([0, 1, 4]))
-    assert found[0] == pytest.approx([0, 0, 0, 0])
-    assert found[1] == pytest.approx([1 / 6] * 4)
-    assert found[2] == pytest.approx([1 / 8, 2 / 9, 2 / 9, 2 / 9])
+    """Five events that were as expected belong to each mean, twenty to the last; the last 3 of 4 are -1, 1 and 1."""
+    found = blend._means(np.array([1.0, -1.0, 1.0, 1.0]), np.array([0, 1, 4]))
+    assert found[0] == pytest.approx([0] * 5)
+    assert found[1] == pytest.approx([1 / 6] * 4 + [1 / 21])
+    assert found[2] == pytest.approx([1 / 8, 2 / 9, 2 / 9, 2 / 9, 2 / 24])
 
 
 def test_a_prior_by_hand() -> None:
     """Two likes, of an item that half like and of an unknown one; last three: (0.5 + 0.2) / (2 + 5)."""
-    prior = RecentPrior(WEIGHTS, 0.8, {"7": 0.5}, None, PLAIN)
+    prior = BlendedPrior(WEIGHTS, 0.8, {"7": 0.5}, None, PLAIN)
     told = PLAIN.scores([7, 9], [1, 1], ["a", "b"])
     assert prior.scores([7, 9], [1, 1], ["a", "b"]) == pytest.approx(0.25 + told + 0.5 * 0.1)
     assert prior.scores([], [], ["a"]) == pytest.approx([0.25])
+    # Half of the log-odds of 0.8, which an unknown item is expected to have: log(4) / 2.
+    assert replace(prior, weights=(0, 0, 0.5, 0, 0, 0, 0, 0)).scores([], [], ["a"]) == pytest.approx([np.log(2)])
     ratings = replace(prior, mean=3.0, expected={}, bounds=(1.0, 5.0), weights=(9.0, *WEIGHTS[1:]))
     assert ratings.scores([7], [4], ["a"]).tolist() == [5.0]
 
@@ -47,13 +49,14 @@ def ratings_of(log: Log) -> Log:
 
 def scores(log: Log, history: Any, ties: Any = "isolate") -> np.ndarray:
     told = np.full(len(log), np.mean(log.scale)), PLAIN
-    return recency.predict(log, history, ties, history, told, clicks=len(log.scale) == 2).scores
+    return blend.predict(log, history, ties, history, told, clicks=len(log.scale) == 2).scores
 
 
 @pytest.fixture
 def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are learned from all training answers; everything else must know the past alone."""
-    monkeypatch.setattr(recency, "_fit", lambda *_: (0.0, 1.0, 0.7, -0.3, 0.2, 0.5))
+    monkeypatch.setattr(blend, "_order", lambda *_: (1.0, 0.4))
+    monkeypatch.setattr(blend, "_level", lambda *_: (0.0, 1.0, 0.7, -0.3, 0.2, 0.5, 0.1))
 
 
 @pytest.mark.usefixtures("fixed")
@@ -82,18 +85,18 @@ def test_no_row_knows_an_answer_of_its_moment_or_later(kind: Callable[[Log], Log
 def test_what_is_saved_scores_a_frozen_row_as_the_run_did(task: str, prior: str) -> None:
     log = random_log(5) if task == "click" else ratings_of(random_log(5))
     log = replace(log, rating=None if task == "click" else np.asarray(log.scale, dtype=np.float32)[log.label])
-    recipe = a_recipe(task=task, score={"prior": prior, "recency": True}, eval={"history": "frozen"})
+    recipe = a_recipe(task=task, score={"prior": prior, "blend": True}, eval={"history": "frozen"})
     found = opponents.measure(log, recipe)
     assert found.saved_prior is not None
     assert found.prior is not None
-    np.testing.assert_array_equal(found.prior, found.scores["recent"].astype(np.float32))
+    np.testing.assert_array_equal(found.prior, found.scores["blend"].astype(np.float32))
     saved = opponents.prior_from_json(recipe.task, found.saved_prior.to_json())
     assert saved == found.saved_prior
     ids, answers = log.items["item_id"].to_list(), np.asarray(log.scale)[log.label]
     for row in np.flatnonzero(log.split == 2):
         met = np.flatnonzero((log.user == log.user[row]) & (log.split == 0))
         told = saved.scores([ids[log.item[one]] for one in met], answers[met], [ids[log.item[row]]])
-        assert told == pytest.approx(found.scores["recent"][row], abs=1e-6)
+        assert told == pytest.approx(found.scores["blend"][row], abs=1e-6)
 
 
 def a_recipe(**sections: Any) -> Any:
@@ -114,23 +117,50 @@ def test_a_mood_that_turns_is_told() -> None:
         item=rng.integers(0, 8, len(time)).astype(np.int32),
         split=split,
     )
-    found = opponents.measure(log, a_recipe(task="click", score={"prior": "bias", "recency": True}))
+    found = opponents.measure(log, a_recipe(task="click", score={"prior": "bias", "blend": True}))
     train = split == 0
-    area = {name: roc_auc_score(label[train], found.scores[name][train]) for name in ("bias", "recent")}
-    assert area["recent"] > area["bias"] + 0.2
-    assert found.settings["recent"]["last_3"] > 0.5
+    area = {name: roc_auc_score(label[train], found.scores[name][train]) for name in ("bias", "blend")}
+    assert area["blend"] > area["bias"] + 0.2
+    assert found.settings["blend"]["last_3"] > 0.5
 
 
-def test_nothing_to_learn_from_is_the_prior_alone() -> None:
-    assert recency._fit(np.zeros(0), np.zeros((0, 4)), np.zeros(0), clicks=True) == (0, 1, 0, 0, 0, 0)
-    assert recency._fit(np.zeros(0), np.zeros((0, 4)), np.zeros(0), clicks=False) == (0, 1, 0, 0, 0, 0)
+@pytest.mark.parametrize("clicks", [True, False])
+def test_nothing_to_learn_from_is_the_prior_alone(clicks: bool) -> None:
+    nothing = np.zeros(0)
+    assert blend._order(nothing, nothing, nothing, nothing, clicks) == (1, 0)
+    assert blend._level(nothing, np.zeros((0, 5)), nothing, clicks) == (0, 1, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("clicks", [True, False])
+def test_the_order_within_people_is_weighed_whatever_is_between_them(clicks: bool) -> None:
+    """Between people the prior is right; within each of them it is noise, and the item decides."""
+    rng = np.random.default_rng(4)
+    user = np.repeat(np.arange(200), 20)
+    level, noise, item = rng.normal(size=200)[user] * 3, rng.normal(size=len(user)), rng.normal(size=len(user))
+    score = level + 2 * item
+    answer = (rng.random(len(user)) < 1 / (1 + np.exp(-score))).astype(float) if clicks else score
+    prior, of_item = blend._order(level + noise, item, answer, user, clicks)
+    assert prior == pytest.approx(0, abs=0.1)
+    assert of_item == pytest.approx(2, abs=0.3)
+
+
+def test_pairs_of_one_person_are_spread_evenly() -> None:
+    rows, answer = np.arange(10, 15), np.array([1.0, 0, 1, 0, 0])
+    pairs = blend._pairs(rows, answer).tolist()
+    assert pairs == [[10, 11], [10, 13], [10, 14], [12, 11], [12, 13], [12, 14]]
+    assert blend._pairs(rows, np.ones(5)).shape == (0, 2)
+    many = blend._pairs(np.arange(200), np.arange(200) % 2.0)
+    assert many.shape == (50, 2)
+    assert (many[:, 0] % 2 == 1).all()
+    assert (many[:, 1] % 2 == 0).all()
+    assert len(np.unique(many[:, 0])) == 50
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"weights": [1.0]},
-        {"weights": [1e9, 1, 0, 0, 0, 0]},
+        {"weights": [1e9, 1, 0, 0, 0, 0, 0, 0]},
         {"weights": None},
         {"bounds": [5, 1]},
         {"bounds": 3},
@@ -138,32 +168,32 @@ def test_nothing_to_learn_from_is_the_prior_alone() -> None:
         {"expected": [1]},
         {"mean": None},
         {"prior": {"mean": 0}},
-        {"prior": {"recent": 1}},
-        {"recent": 2},
+        {"prior": {"blend": 1}},
+        {"blend": 2},
         {"more": 1},
     ],
 )
 def test_a_broken_prior_is_refused_in_one_line(change: dict[str, Any]) -> None:
-    whole = json.loads(RecentPrior(WEIGHTS, 0.8, {"7": 0.5}, None, PLAIN).to_json())
+    whole = json.loads(BlendedPrior(WEIGHTS, 0.8, {"7": 0.5}, None, PLAIN).to_json())
     with pytest.raises(ModelError, match=r"^prior: [^\n]+; fetch the adapter again$"):
         opponents.prior_from_json("click", json.dumps({**whole, **change}))
 
 
 def test_it_means_nothing_without_a_prior() -> None:
-    with pytest.raises(ConfigError, match=r"score\.recency: does nothing under score\.prior: none"):
-        a_recipe(score={"recency": True})
+    with pytest.raises(ConfigError, match=r"score\.blend: does nothing under score\.prior: none"):
+        a_recipe(score={"blend": True})
 
 
 def test_drawn_negatives_are_no_answers() -> None:
-    with pytest.raises(ConfigError, match=r"score\.recency: true; it counts what is drawn"):
+    with pytest.raises(ConfigError, match=r"score\.blend: true; it counts what is drawn"):
         a_recipe(
             data={"interactions": "clicks.parquet", "items": "items.parquet", "sampled_negatives": 4},
             prompt={"history": "liked"},
-            score={"prior": "bias", "recency": True},
+            score={"prior": "bias", "blend": True},
         )
 
 
 def test_the_other_prior_is_read_by_its_task() -> None:
-    text = RecentPrior(WEIGHTS, 0.8, {"7": 0.5}, (1.0, 5.0), PLAIN).to_json()
+    text = BlendedPrior(WEIGHTS, 0.8, {"7": 0.5}, (1.0, 5.0), PLAIN).to_json()
     with pytest.raises(ModelError):
-        RecentPrior.from_json(text, partial(opponents.prior_from_json, "rating"))
+        BlendedPrior.from_json(text, partial(opponents.prior_from_json, "rating"))

@@ -160,6 +160,8 @@ def predict(
         means[person.rows] = _means((answer - expected)[person.events], person.known)
     for person in held_people(log, ~train, history, ties):
         means[person.rows] = _means(above[person.events], person.known)
+    if history == "frozen":  # the latest answers that such rows know are old
+        means[:, : len(WINDOWS)] = 0
     of_item = _in_units(expected, clicks)
     order = _order(told[train], of_item[train], answer[train], log.user[train], clicks)
     level = _level(order[0] * told[train] + order[1] * of_item[train], means[train], answer[train], clicks)

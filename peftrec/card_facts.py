@@ -207,8 +207,9 @@ def last_part(path: str) -> str:
 def hub_base(facts: Facts, author: Author) -> str | None:
     """The base model's Hub id; None where it was a local folder and the author does not say which model that is."""
     named = facts.artifact.base_model.hub_id
-    # peftrec.json names a local folder by its last part; run.json has it as the recipe had it.
-    known = named if is_hub_id(named) and facts.record.model.get("hub_id") == named else None
+    # A local folder is named by its last part, which may be anybody's name on the Hub.
+    given = recipe_of(facts).model.name
+    known = named if is_hub_id(named) and (given in MODELS or (given == named and not Path(given).is_dir())) else None
     return author.base_model or known
 
 

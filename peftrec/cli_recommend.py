@@ -148,7 +148,7 @@ def _add_recommend(verbs: Verbs) -> None:
         default=[],
         metavar="TITLE:ANSWER",
         help="what the person met, oldest first, as 'Toy Story (1995):yes'; an id may stand for the title, "
-        "a rating for the answer",
+        "a rating for the answer (where all are 0 or 1, these are no and yes)",
     )
     verb.add_argument(
         "--candidates", nargs="+", action="extend", metavar="TITLE", help="rank these; default: the whole items table"

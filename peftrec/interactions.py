@@ -115,15 +115,16 @@ def rating_scale(ratings: pl.Series, where: str, limits: Sequence[float] | None)
     Raises:
         DataError: If all ratings are one, or there are too many different ones to be answers.
     """
-    found = ratings.unique().sort().cast(pl.Float64).to_numpy()
+    # Float32 has 4.7 as 4.69999980926: the shortest number that it can stand for is what was given.
+    found = np.array([float(str(one)) for one in ratings.cast(pl.Float32).unique().sort().to_numpy()])
     if len(found) == 1:
         raise DataError(f"{where}: all {len(ratings)} ratings are {found[0]:g}; expected at least two different ones")
     low, high = (found[0], found[-1]) if limits is None else limits
     step = float(np.diff(found).min())
     steps = round((high - low) / step)
-    grid = low + step * np.arange(steps + 1)
+    grid = np.round(np.linspace(low, high, steps + 1), 6)
     places = (found - low) / step
-    if steps < MOST_RATINGS and np.allclose(places, np.round(places)) and np.isclose(grid[-1], high):
+    if steps < MOST_RATINGS and np.allclose(places, np.round(places)) and np.isclose(low + step * steps, high):
         found = grid
     if len(found) > MOST_RATINGS:
         raise DataError(

@@ -16,6 +16,7 @@ Encoders and encoder-decoder models read a text as a whole, with their own speci
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -89,8 +90,8 @@ def _row_texts(rows: pl.DataFrame, template: str, key: str, table: str) -> list[
 
 
 def plain_value(value: Any) -> str:
-    """A table's value as a person would write it: nothing for null, no `.0` behind a year, lists with commas."""
-    if value is None:
+    """A table's value as a person would write it: no null and no NaN, no `.0` behind a year, lists with commas."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))

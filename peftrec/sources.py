@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,8 @@ Task = Literal["click", "rating"]
 NEEDS_TIME = ("temporal", "leave_last_out")
 """Kinds of split that cannot do without timestamps."""
 
+OF_EVENTS = ("user_id", "item_id", "title", "rating", "label", "timestamp")
+"""All that is read of a table of events, the splits of its rows apart."""
 ITEMS, USERS = ("item_id", "title"), ("user_id",)
 """Columns that the two tables beside the events must have, the id first."""
 
@@ -95,6 +98,7 @@ def _looks(
     """Each source with what looks at its columns."""
     if data.interactions:
         yield data.interactions, lambda source: _first_event(source, data, task)
+        yield data.interactions, lambda source: _check_renames(data)
     if data.items:
         yield data.items, lambda source: _check_shown(source, data, ITEMS, dict.fromkeys(shown, "prompt.item"))
         if data.items_where:
@@ -113,6 +117,24 @@ def _first_event(where: str, data: Data, task: Task | None) -> pl.DataFrame:
     return _parse(raw, where, data.like_at, None, task)
 
 
+def _check_renames(data: Data) -> None:
+    """See whether what `data.columns` calls otherwise is there, beyond the columns of events that are asked for anyway.
+
+    Tables of items and users may have columns of any name. What lies on the Hub is not asked.
+    """
+    files = [file for file in (data.items, data.users) if file is not None]
+    if any(map(tables.on_hub, files)):
+        return
+    found = [name for file in files for name in tables.column_names(tables.scan(file), file)]
+    for ours, theirs in data.columns.items():
+        of_events = ours in OF_EVENTS and not (ours == "title" and data.items)
+        if not of_events and theirs not in found:
+            near = get_close_matches(ours, OF_EVENTS, n=1)
+            todo = f"did you mean data.columns.{near[0]}?" if near and near[0] != ours else "mend it or remove it"
+            where = " or ".join(files) or "a table of items or users, of which there is none"
+            raise DataError(f"data.columns.{ours}: no column '{theirs}' in {where}; {todo}")
+
+
 def _first_record(source: str, data: Data, task: Task | None) -> None:
     """Read the first record as all of them will be."""
     first = _record_file(source, data, task or "click", most=1)
@@ -127,8 +149,12 @@ def _check_where(source: str, data: Data) -> None:
 
 
 def _check_shown(source: str, data: Data, required: Sequence[str], shown: Mapping[str, str]) -> None:
-    _, names, kept = _side_names(source, data.columns, required)
+    table, names, kept = _side_names(source, data.columns, required)
+    empty = table.clear().collect()
     for name, key in shown.items():
+        if name in (*names, *kept) and tables.showable(empty[names.get(name, name)]) is None:
+            kind = empty[names.get(name, name)].dtype
+            raise DataError(f"{key}: {name} in {source} has the type {kind}; expected text, numbers or lists of text")
         if name not in (*names, *kept):
             found = ", ".join((*names, *kept))
             near = tables.nearest_column(name, [*names, *kept])
@@ -197,11 +223,14 @@ def _tells_nothing(name: str) -> str:
 
 def _files(data: Data, task: Task | None, warnings: list[str]) -> tuple[str, pl.DataFrame, pl.DataFrame]:
     where = data.interactions or ""
+    _check_renames(data)
     table = tables.scan(where, data.hub_revision)
     raw = _select(table, where, data.columns, data, task, with_title=data.items is None, warnings=warnings)
     events = _parse(raw, where, data.like_at, data.rating_range, task)
     if data.items is None:
-        items = events.select("item_id", raw["title"]).unique("item_id", keep="first", maintain_order=True)
+        items = events.select("item_id", tables.as_text(raw["title"], where)).unique(
+            "item_id", keep="first", maintain_order=True
+        )
         items = items.sort("item_id")
     else:
         items = _side_table(data.items, data.columns, ITEMS)
@@ -233,8 +262,11 @@ def _select(
             todo = f"set data.columns.rating to a column, such as {hint}, or task: click"
             raise DataError(f"{where}: no column 'rating' (found {', '.join(found)}); {todo}")
     elif "label" in names:
-        if names.pop("rating", None) is not None and data.like_at is not None:
-            warnings.append(f"{where}: the label column is used; rating and data.like_at are not")
+        unused = [*(["rating"] if names.pop("rating", None) is not None and data.like_at is not None else [])]
+        unused += [f"data.{key}" for key in ("like_at", "rating_range") if getattr(data, key) is not None]
+        if unused:
+            are = "is" if len(unused) == 1 else "are"
+            warnings.append(f"{where}: the label column is used; {' and '.join(unused)} {are} not")
     elif "rating" not in names and data.sampled_negatives is None:
         hint = tables.nearest_column("label", found) or tables.nearest_column("rating", found) or "<column>"
         todo = (
@@ -334,7 +366,7 @@ def _side_table(source: str, columns: Mapping[str, str], required: Sequence[str]
     table, names, kept = _side_names(source, columns, required)
     frame = tables.collect(table.select(*kept, **{ours: pl.col(theirs) for ours, theirs in names.items()}), source)
     ids = tables.parse_ids(frame[required[0]], source, required[0]).alias(required[0])
-    texts = [frame[name].cast(pl.String) for name in required[1:]]
+    texts = [tables.as_text(frame[name], source) for name in required[1:]]
     rest = [tables.showable(frame[name]) for name in frame.columns if name not in required]
     return pl.DataFrame([ids, *texts, *(column for column in rest if column is not None)])
 

@@ -129,6 +129,13 @@ def split(interactions: Interactions, how: config.Split, seed: int, *, answered:
         steps = np.asarray(interactions.scale) - 1e-6  # ratings are float32
         label = (np.searchsorted(steps, rating, side="right") - 1).astype(np.int8)
         liked_from = None if interactions.like_at is None else int(np.searchsorted(steps, interactions.like_at - 2e-6))
+        if liked_from in (0, len(steps)):
+            low, high = interactions.scale[0], interactions.scale[-1]
+            raise DataError(
+                f"data.like_at: {interactions.like_at:g}; ratings go from {low:g} to {high:g}, so that "
+                f"{'everything' if liked_from == 0 else 'nothing'} would be liked; set it above the lowest rating and "
+                "not above the highest"
+            )
     kind: str = how.kind
     if "split" in events.columns:
         parts = by_name(events["split"])[order]

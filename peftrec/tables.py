@@ -21,6 +21,9 @@ from peftrec.errors import DataError
 CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 SUFFIXES = (*CSV_SUFFIXES, ".parquet", ".pq", ".jsonl", ".ndjson", ".json")
 
+_MOST_SECONDS = 10**11  # the year 5138
+_POINT_ZERO = r"^-?\d+\.0$"
+
 # What other people call our columns, in lower case without punctuation.
 ALIASES = {
     "user_id": ("userid", "user", "uid", "reviewerid", "customerid", "accountid", "visitorid"),
@@ -348,31 +351,39 @@ def parse_labels(column: pl.Series, where: str, name: str = "label") -> pl.Serie
 def parse_seconds(column: pl.Series, where: str, name: str = "timestamp") -> pl.Series:
     """Times as whole seconds (Int64), missing ones left null.
 
-    Integers are kept as they are, fractions are cut off. Dates, datetimes and ISO 8601 text count from 1970 in UTC; a
-    time without zone is taken as UTC.
+    Numbers are seconds since 1970; a column with one too large for that is of milli-, micro- or nanoseconds. Fractions
+    are cut off. Dates, datetimes and ISO 8601 text count from 1970 in UTC; a time without zone is taken as UTC.
 
     Raises:
         DataError: If a value is neither missing nor a time.
     """
     expected = "seconds since 1970, or an ISO date such as 2024-05-31T18:00:00Z"
-    if column.dtype.is_integer():
-        return column.cast(pl.Int64)
     if column.dtype == pl.Date:
         return column.cast(pl.Datetime("us")).dt.epoch("s")
     if column.dtype == pl.Datetime:
         return column.dt.epoch("s")
+    iso = None
     if column.dtype.is_float():
         seconds = column.floor().cast(pl.Int64, strict=False)
-    elif column.dtype == pl.String:
+    elif column.dtype == pl.String or column.dtype.is_integer():
         seconds = column.cast(pl.Int64, strict=False)
         if seconds.null_count() > column.null_count():  # whole seconds are the common case; only others pay for this
-            floats = column.cast(pl.Float64, strict=False).floor().cast(pl.Int64, strict=False)
-            seconds = seconds.fill_null(floats).fill_null(_iso_seconds(column))
+            seconds = seconds.fill_null(column.cast(pl.Float64, strict=False).floor().cast(pl.Int64, strict=False))
+            iso = _iso_seconds(column) if column.dtype == pl.String else None
     else:
         raise DataError(f"{where}: {name} has the type {column.dtype}; expected {expected}")
-    missing = column.is_null() if column.dtype == pl.String else column.is_null() | column.is_nan()
+    seconds = seconds // _units_of_a_second(seconds)
+    if iso is not None:
+        seconds = seconds.fill_null(iso)
+    missing = column.is_null() | column.is_nan() if column.dtype.is_float() else column.is_null()
     refuse(where, name, column, seconds.is_null() & ~missing, expected)
     return seconds
+
+
+def _units_of_a_second(times: pl.Series) -> int:
+    """One for seconds; a thousand, a million or a milliard where the largest would be beyond the year 5000."""
+    largest = max(abs(int(times.max() or 0)), abs(int(times.min() or 0)))  # type: ignore[arg-type]
+    return next(unit for unit in (1, 10**3, 10**6, 10**9) if largest // unit < _MOST_SECONDS)
 
 
 def _iso_seconds(column: pl.Series) -> pl.Series:
@@ -403,7 +414,29 @@ def same_kind(left: pl.Series, right: pl.Series) -> tuple[pl.Series, pl.Series]:
 
 
 def showable(column: pl.Series) -> pl.Series | None:
-    """The column as a template can show it: lists of text joined with commas, None where it holds nested data."""
+    """The column as a template can show it: lists of text joined with commas, None where no text could stand for it.
+
+    Numbers look as people write them: no digits of float32 that nobody gave, no `.0` behind the years of a CSV that
+    lacks some.
+    """
     if column.dtype == pl.List(pl.String):
         return column.list.join(", ")
-    return None if column.dtype.is_nested() else column
+    if column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Object):
+        return None
+    if column.dtype == pl.Float32:
+        return column.cast(pl.String).cast(pl.Float64)
+    if column.dtype == pl.String and column.str.contains(_POINT_ZERO).all() and not column.is_null().all():
+        return column.str.strip_suffix(".0")
+    return column
+
+
+def as_text(column: pl.Series, where: str) -> pl.Series:
+    """The column as text.
+
+    Raises:
+        DataError: It holds nothing that text could stand for.
+    """
+    shown = showable(column)
+    if shown is None:
+        raise DataError(f"{where}: {column.name} has the type {column.dtype}; expected text")
+    return shown.cast(pl.String)

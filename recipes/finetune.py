@@ -56,6 +56,7 @@ from peftrec.augment import Augment
 from peftrec.draws import drawn_order
 from peftrec.errors import ConfigError, DataError, as_one_line
 from peftrec.exposure import exposure
+from peftrec.schema import read_yaml
 from peftrec.target import Target, fit_target
 from peftrec.user_groups import user_groups
 
@@ -493,7 +494,7 @@ def _may_begin(folder: Path, recipe: config.Recipe, *, resume: bool, overwrite: 
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not written.is_file())):
         raise ConfigError(f"output_dir: {folder} holds other things than a run; choose another output_dir")
     ended = (folder / "run.json").is_file()
-    if resume and written.is_file() and written.read_text() != config.dump_recipe(recipe):
+    if resume and written.is_file() and not _same_recipe(written, recipe):
         raise ConfigError(
             f"{written}: the run that was begun here has another recipe; --resume continues the same one; "
             "repeat its command word for word, or start anew with --overwrite"
@@ -503,6 +504,15 @@ def _may_begin(folder: Path, recipe: config.Recipe, *, resume: bool, overwrite: 
             f"output_dir: {folder} holds a run that has ended; choose another output_dir, or add --overwrite"
         )
     return not (resume and ended)
+
+
+def _same_recipe(written: Path, recipe: config.Recipe) -> bool:
+    """Whether a run's `config.yaml` says the same; keys that came later are at their defaults there."""
+    try:
+        begun = config.parse_recipe(read_yaml(written), str(written))
+    except ConfigError:
+        return False
+    return config.dump_recipe(begun) == config.dump_recipe(recipe)
 
 
 def _prepare(folder: Path, recipe: config.Recipe, *, resume: bool) -> None:

@@ -409,7 +409,9 @@ def test_a_local_base_model_is_no_hub_id() -> None:
     assert "base_model" not in head(page)
     assert "Base model: a local folder, tiny," in page
     assert head(card.render(facts(), Author(base_model="ns/tiny")))["base_model"] == "ns/tiny"
-    hub = facts(record=measured(model={"hub_id": "tiny"}))
+    folder = facts(recipe={**RECIPE, "model": {"name": "bases/tiny"}}, record=measured(model={"hub_id": "tiny"}))
+    assert "base_model" not in head(card.render(folder))
+    hub = facts(recipe={**RECIPE, "model": {"name": "tiny"}}, record=measured(model={"hub_id": "tiny"}))
     assert (head(card.render(hub))["base_model"], head(card.render(hub))["base_model_relation"]) == ("tiny", "adapter")
 
 
@@ -458,7 +460,7 @@ def test_only_data_sets_of_the_hub_are_named_in_the_head(data: dict[str, Any], e
 
 def test_all_weights_are_no_adapter() -> None:
     whole = facts(
-        recipe={**RECIPE, "adapter": {"method": "full"}},
+        recipe={**RECIPE, "model": {"name": "tiny"}, "adapter": {"method": "full"}},
         record=measured(model={"hub_id": "tiny"}, adapter={"method": "full"}),
     )
     page = card.render(whole)

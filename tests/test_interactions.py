@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftrec import interactions
+from peftrec import interactions, sources
 from peftrec.config import Data, Split
 from peftrec.draws import drawn_order
 from peftrec.errors import DataError
 from peftrec.interactions import Interactions, sorted_order
+from peftrec.split import split as split_log
 
 EVENTS = {
     "user_id": ["b", "a", "b", "c"],
@@ -102,6 +103,8 @@ def test_a_label_wins_over_a_rating(write: Any) -> None:
     assert [warning.split(": ")[1] for warning in log.warnings] == [
         "the label column is used; rating and data.like_at are not"
     ]
+    alone = {name: values for name, values in changed(label=["no", "yes", "no", "yes"]).items() if name != "rating"}
+    assert load(write(alone, rating_range=[1, 5])).warnings[0].endswith("is used; data.rating_range is not")
 
 
 def test_the_hash_is_of_the_content_and_not_of_the_file(write: Any, tmp_path: Path) -> None:
@@ -216,6 +219,54 @@ def test_ratings_out_of_scale(write: Any) -> None:
     assert load(write(rating_range=[1, 5])).events.height == 4
     message = refused(write(changed(rating=[6.0, 3.0, 4.0, 0.0]), rating_range=[1, 5]))
     assert "rating in row 1 is '6.0' (and in 1 more rows); expected 1 to 5 (data.rating_range)" in message
+
+
+def test_a_scale_of_tenths_is_what_people_gave(write: Any) -> None:
+    """In float32 4.7 is 4.69999980926: that is no answer that anybody gave."""
+    found = interactions.load(write(changed(rating=["3.0", "3.1", "4.7", "5.0"]), like_at=None), 1, task="rating")
+    assert found.scale == tuple(round(3 + step / 10, 1) for step in range(21))
+    log = split_log(found, Split(kind="kfold", folds=2, valid=0.0), 1, answered=False)
+    assert sorted(np.asarray(log.scale)[log.label].tolist()) == [3.0, 3.1, 4.7, 5.0]
+
+
+@pytest.mark.parametrize("like_at", [9, 1])
+def test_a_liking_that_tells_no_ratings_apart_is_refused(write: Any, like_at: float) -> None:
+    found = interactions.load(write(like_at=like_at), 1, task="rating")
+    with pytest.raises(
+        DataError, match=rf"data\.like_at: {like_at}; ratings go from 1 to 5, so that .* would be liked"
+    ):
+        split_log(found, TIMELESS, 1)
+
+
+def test_titles_of_any_type_that_text_can_stand_for(tmp_path: Path) -> None:
+    path = tmp_path / "events.parquet"
+    events = pl.DataFrame(EVENTS).with_columns(title=pl.Series(["A", "A", "B", "C"], dtype=pl.Categorical))
+    events.write_parquet(path)
+    assert load(Data(interactions=str(path), like_at=4)).items["title"].to_list() == ["A", "B", "C"]
+    events.with_columns(title=pl.struct(a=1)).write_parquet(path)
+    assert "title has the type Struct" in refused(Data(interactions=str(path), like_at=4))
+
+
+def test_pictures_in_the_items_table_are_left_out(write: Any, tmp_path: Path) -> None:
+    data = write()
+    items = pl.DataFrame(ITEMS).with_columns(thumb=pl.lit(b"\xff\xd8"), tags=pl.Series([[1], [2], [3]]))
+    items.write_parquet(tmp_path / "items.parquet")
+    data = dataclasses.replace(data, items=str(tmp_path / "items.parquet"))
+    assert load(data).items.columns == ["item_id", "title", "year"]
+    with pytest.raises(DataError, match=r"prompt\.item: tags in .* has the type List\(Int64\); expected text"):
+        sources.check(data, ["tags"], "click")
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        ({"timestmp": "timestamp"}, "data.columns.timestmp: no column 'timestamp' in"),
+        ({"genre": "kind"}, "data.columns.genre: no column 'kind' in"),
+        ({"title": "name"}, "data.columns.title: no column 'name' in"),
+    ],
+)
+def test_a_rename_that_leads_nowhere_is_refused(write: Any, columns: dict[str, str], line: str) -> None:
+    assert line in refused(write(columns=columns))
 
 
 def test_ratings_need_to_know_what_is_liked(write: Any) -> None:

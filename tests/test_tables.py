@@ -216,6 +216,19 @@ def test_one_column_may_mix_forms() -> None:
     assert tables.parse_seconds(column, "t").to_list() == [60, 61, 62, 86400]
 
 
+@pytest.mark.parametrize("unit", [1, 10**3, 10**6, 10**9])
+@pytest.mark.parametrize("kind", [pl.Int64, pl.UInt64, pl.Float64, pl.String])
+def test_numbers_too_large_for_seconds_are_of_a_smaller_unit(unit: int, kind: Any) -> None:
+    times = [0, 978_300_760, 1_700_000_000]
+    column = pl.Series([time * unit for time in times]).cast(kind)
+    assert tables.parse_seconds(column, "t").to_list() == times
+
+
+def test_a_number_beyond_64_bits_is_no_time() -> None:
+    message = one_line(tables.parse_seconds, pl.Series([1, 2**64 - 1], dtype=pl.UInt64), "t")
+    assert message.startswith("t: timestamp in row 2 is 18446744073709551615; expected seconds since 1970")
+
+
 @given(st.lists(st.datetimes(datetime(1900, 1, 1), datetime(2100, 1, 1)), min_size=1))
 def test_iso_text_and_datetimes_agree(moments: list[datetime]) -> None:
     text = pl.Series([moment.isoformat() for moment in moments])
@@ -238,3 +251,16 @@ def test_lists_of_text_are_joined_for_templates() -> None:
     assert joined is not None
     assert joined.to_list() == ["Drama, War", ""]
     assert tables.showable(pl.Series("cast", [json.loads('{"a": 1}')])) is None
+
+
+def test_values_are_shown_as_people_write_them() -> None:
+    columns = {
+        "price": (pl.Series([12.49, None], dtype=pl.Float32), [12.49, None]),
+        "year": (pl.Series(["1990.0", None, "2001.0"]), ["1990", None, "2001"]),
+        "version": (pl.Series(["1990.0", "2.1"]), ["1990.0", "2.1"]),
+    }
+    for name, (column, expected) in columns.items():
+        shown = tables.showable(column.alias(name))
+        assert shown is not None
+        assert shown.to_list() == expected, name
+    assert tables.showable(pl.Series("thumb", [b"\xff\xd8"])) is None

@@ -86,7 +86,8 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
     evaluation, kind = recipe.eval, recipe.score.prior
     items = items or (None if log.asked is None else "frozen")
     check(recipe)
-    wanted = dict.fromkeys((*evaluation.baselines, "global_mean", *(() if kind == "none" else (kind,))))
+    blends = (blend.NAME,) if recipe.score.blend else ()
+    wanted = dict.fromkeys((*evaluation.baselines, *blends, "global_mean", *(() if kind == "none" else (kind,))))
     saved: SavedPrior | None = None
     clicks: baselines.Predictions | None = None
     if recipe.task == "click":
@@ -115,7 +116,7 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
         found, settings = {**found, bpmf.NAME: bayes.scores}, {**settings, bpmf.NAME: bayes.settings}
         saved = _loadable(bayes.prior) if kind == bpmf.NAME else saved
     prior = None if kind == "none" else found[kind]
-    if recipe.score.blend and prior is not None and saved is not None:
+    if blends and prior is not None and saved is not None:
         blended = blend.predict(
             log,
             evaluation.history,
@@ -126,7 +127,6 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
         )
         prior, saved = blended.scores, blended.prior
         found, settings = {**found, blend.NAME: prior}, {**settings, blend.NAME: blended.settings}
-        wanted |= {blend.NAME: None}
     others = classical.predict(log, evaluation.baselines, evaluation.history, evaluation.ties, recipe.task, recipe.seed)
     found, settings = {**found, **others.scores}, {**settings, **dict(others.settings)}
     if boosting.NAME in wanted and (log.item >= 0).any():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -133,11 +133,18 @@ class Catalogue:
 
     def _from_dict(self, entry: Mapping[str, Any], where: str) -> Item:
         row: int | None = None
+        told = dict(entry)
+        if isinstance(entry.get("title"), str):
+            _check_text(entry["title"], where)
         if entry.get("item_id") is not None:
             row = self._rows.get(str(entry["item_id"]))
         elif isinstance(entry.get("title"), str):
             row = self._row_of_title(self._with_year(entry), where)
-        values = {**(self.items.row(row, named=True) if self.items is not None and row is not None else {}), **entry}
+            if row is not None:  # the title said which one; the table says how it is written
+                del told["title"]
+            elif entry.get("year") is not None and "year" in self._fields:
+                told["title"] = YEAR.sub("", entry["title"])
+        values = {**(self.items.row(row, named=True) if self.items is not None and row is not None else {}), **told}
         if all(values.get(name) is not None for name in self._fields) or row is not None:
             given = {name: [values.get(name)] for name in dict.fromkeys([*self._fields, "item_id"])}
             text = item_texts(pl.DataFrame(given, strict=False), self.template)[0]
@@ -155,6 +162,7 @@ class Catalogue:
         return title if year is None or YEAR.search(title) else f"{title} ({year})"
 
     def _from_text(self, entry: str, where: str) -> Item:
+        _check_text(entry, where)
         text = " ".join(entry.split())
         if not text:
             raise DataError(f"{where}: an empty text; expected a title or an item id")
@@ -235,6 +243,24 @@ class Catalogue:
         return exact, bare
 
 
+def _check_text(text: str, where: str) -> None:
+    """See whether a tokenizer can read it: bytes of another encoding come as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: {text!r} is not UTF-8; expected a title or an item id in UTF-8") from None
+
+
+def check_list(given: Any, what: str) -> None:
+    """See whether there is a list, and not one entry or nothing.
+
+    Raises:
+        DataError: there is none.
+    """
+    if given is None or isinstance(given, (str, Mapping, Set)):
+        raise DataError(f"{what}: {given!r}; expected a list; put it in a list")
+
+
 def read_history(history: Sequence[Any], like_at: float | None, answers: Sequence[str]) -> list[tuple[Any, int]]:
     """Each entry's item, still as it was given, and its label (0 or 1).
 
@@ -257,8 +283,7 @@ def read_answers(
     Raises:
         DataError: as there.
     """
-    if isinstance(history, (str, Mapping)):
-        raise DataError(f"history: {history!r}; expected a list of entries; put it in a list")
+    check_list(history, "history")
     own = {answer.strip().casefold(): label for label, answer in enumerate(answers)}
     split = [_answer(entry, {**WORDS, **own}, f"history[{i}]") for i, entry in enumerate(history)]
     numbers = [answer.value for _, answer in split if not answer.is_label]
@@ -285,8 +310,7 @@ def read_ratings(history: Sequence[Any], scale: Sequence[float], answers: Sequen
     Raises:
         DataError: an entry without rating, or with one that the adapter does not know.
     """
-    if isinstance(history, (str, Mapping)):
-        raise DataError(f"history: {history!r}; expected a list of entries; put it in a list")
+    check_list(history, "history")
     own = {answer.strip().casefold(): value for answer, value in zip(answers, scale, strict=True)}
     events = []
     for i, entry in enumerate(history):

@@ -15,6 +15,7 @@ import polars as pl
 
 from peftrec import record
 from peftrec.errors import DataError, ModelError
+from peftrec.loaded_adapter import check_k
 from peftrec.metrics import chances
 from peftrec.ranking import Floats
 from peftrec.recommender import Recommender
@@ -63,7 +64,7 @@ class Ensemble:
         assert not others
         more = {
             key: options[key]
-            for key in ("items", "columns", "prior", "token", "endpoint", "cache_dir")
+            for key in ("revision", "items", "columns", "prior", "strict", "token", "endpoint", "cache_dir")
             if key in options
         }
         names = [first]
@@ -89,7 +90,12 @@ class Ensemble:
         return chances(self.score(history, candidates))
 
     def rank(self, history: Sequence[Any], candidates: Sequence[Any], k: int = 10) -> list[tuple[Any, float]]:
-        """The `k` candidates with the highest mean scores, best first, each with its score."""
+        """The `k` candidates with the highest mean scores, best first, each with its score.
+
+        Raises:
+            DataError: `k` is no whole number from 1.
+        """
+        check_k(k)
         scores = self.score(history, candidates)
         best = np.argsort(-scores, kind="stable")[:k].tolist()
         return [(candidates[index], float(scores[index])) for index in best]
@@ -99,8 +105,10 @@ def average_predictions(runs: Sequence[str | Path]) -> pl.DataFrame:
     """The predictions of the first run with the mean of all runs' scores, and each run's own as `baseline/run N`.
 
     Raises:
-        DataError: the runs did not score the same rows.
+        DataError: there are not two different runs, or they did not score the same rows.
     """
+    if len({Path(run).resolve() for run in runs}) < max(len(runs), 2):
+        raise DataError(f"{', '.join(map(str, runs))}: expected two or more different runs")
     tables = [record.read_predictions(run) for run in runs]
     first = tables[0]
     for run, table in zip(runs[1:], tables[1:], strict=True):

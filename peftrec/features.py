@@ -15,7 +15,7 @@ import numpy.typing as npt
 import polars as pl
 
 from peftrec import vector_files
-from peftrec.catalogue import Catalogue, Item, read_answers, read_items
+from peftrec.catalogue import Catalogue, Item, check_list, read_answers, read_items
 from peftrec.datasets import DATASETS
 from peftrec.embeddings import Embedder, Reading
 from peftrec.errors import DataError
@@ -136,8 +136,7 @@ class FeatureRecommender:
         Raises:
             DataError: an entry that cannot be read, or nothing is known that the person likes.
         """
-        if isinstance(candidates, (str, Mapping)):
-            raise DataError(f"candidates: {candidates!r}; expected a list; put it in a list")
+        check_list(candidates, "candidates")
         found = [self.catalogue.find(entry, f"candidates[{i}]") for i, entry in enumerate(candidates)]
         return self._scores(self._graded(history), found, user)
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import polars as pl
 
 from peftrec import artifact, backbone, scorer, side, side_vectors, values, virtual_tokens
-from peftrec.catalogue import Catalogue, Item, read_history, read_ratings
+from peftrec.catalogue import Catalogue, Item, check_list, read_history, read_ratings
 from peftrec.encode import max_user_tokens, new_codec, prompt_windows, record_ids, templated_ids
 from peftrec.errors import DataError, ModelError
 from peftrec.metrics import chances
@@ -141,9 +141,11 @@ class LoadedAdapter:
         Raises:
             DataError: something in it cannot be read, or there is nothing to score.
         """
-        if isinstance(candidates, (str, Mapping)):
-            raise DataError(f"candidates: {candidates!r}; expected a list; put it in a list")
+        if candidates is not None:
+            check_list(candidates, "candidates")
         if self.own_prompts:
+            if user is not None:
+                raise DataError("user: this adapter was trained on ready-made prompts; put the person into the input")
             return Question([], self._records(history, candidates))
         events = self.events(history)
         seen = {event.item.key for event in events} if unseen else set()
@@ -181,9 +183,11 @@ class LoadedAdapter:
             return ""
         if self.prompt.user is None:
             raise DataError("user: this adapter's prompt shows nothing of the person; leave it out")
-        if isinstance(user, dict):
-            (user,) = user_texts(pl.DataFrame([user], strict=False), self.prompt.user)
-        return self.codec.written([" ".join(str(user).split())], max_user_tokens(self.prompt.max_tokens))[0]
+        if isinstance(user, Mapping):
+            (user,) = user_texts(pl.DataFrame([dict(user)], strict=False), self.prompt.user)
+        if not isinstance(user, str):
+            raise DataError(f"user: a {type(user).__name__}; expected a dict of columns, or the text")
+        return self.codec.written([" ".join(user.split())], max_user_tokens(self.prompt.max_tokens))[0]
 
     # --- what is answered ---------------------------------------------------------------------------------------------
 
@@ -213,7 +217,7 @@ class LoadedAdapter:
         Raises:
             DataError: `k` is no whole number from 1.
         """
-        _check_k(k)
+        check_k(k)
         (scores,) = self.score([question])
         return self.best(question.candidates, scores, k)
 
@@ -223,7 +227,7 @@ class LoadedAdapter:
         Raises:
             DataError: `k` is no whole number from 1.
         """
-        _check_k(k)
+        check_k(k)
         best = np.argsort(-scores, kind="stable")[:k]
         likely = [None] * len(best) if self.artifact.task == "rating" else chances(scores[best]).tolist()
         found = [candidates[i] for i in best]
@@ -344,8 +348,13 @@ class LoadedAdapter:
         return outputs[np.argsort(rows)]
 
 
-def _check_k(k: int) -> None:
-    if not isinstance(k, int) or k < 1:
+def check_k(k: int) -> None:
+    """See whether so many can be recommended.
+
+    Raises:
+        DataError: `k` is no whole number from 1.
+    """
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
         raise DataError(f"k: {k!r}; expected a whole number from 1")
 
 

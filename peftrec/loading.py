@@ -18,7 +18,7 @@ from peftrec import adapters, artifact, backbone, config, heads, hub, quantized,
 from peftrec.backbone import Backbone
 from peftrec.catalogue import read_items
 from peftrec.datasets import DATASETS
-from peftrec.errors import ConfigError, HubError, ModelError
+from peftrec.errors import ConfigError, DataError, HubError, ModelError
 from peftrec.loaded_adapter import LoadedAdapter, target_of
 from peftrec.schema import read_yaml
 from peftrec.side_vectors import Sources
@@ -87,6 +87,10 @@ def read_table(items: Any, columns: dict[str, str] | None, about: artifact.Artif
     """
     if items is not None:
         return read_items(items, columns)
+    if columns:
+        raise DataError(
+            f"columns: {columns}; they name columns of an items table; give one (items=…), or leave them out"
+        )
     named = DATASETS.get(about.data.name)
     return read_items(named.load().items) if named is not None and named.fetched else None
 
@@ -143,7 +147,13 @@ def load_base(
         raise ModelError(f"{error}; or say where it is: base_model=FOLDER (--base-model FOLDER)") from error
     _check_kind(about, loaded, wanted.name)
     if device is not None:
-        loaded.model.to(device)
+        try:
+            loaded.model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(
+                f"device: {device!r} ({reason}); expected a device that torch has here, such as cpu"
+            ) from error
     return loaded
 
 

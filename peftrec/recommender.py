@@ -19,7 +19,7 @@ from peftrec import adapters, loading, side_vectors
 from peftrec import artifact as artifacts
 from peftrec.artifact import Artifact, PromptFormat
 from peftrec.backbone import Backbone
-from peftrec.catalogue import Catalogue
+from peftrec.catalogue import Catalogue, check_list
 from peftrec.embeddings import Embedder, Reading
 from peftrec.errors import DataError, ModelError
 from peftrec.features import FeatureRecommender
@@ -392,6 +392,7 @@ class Recommender:
             DataError: an entry that cannot be read, or an item id that is not in the items table.
             ModelError: no such adapter.
         """
+        check_list(candidates, "candidates")
         asked = self._adapter(adapter)
         return asked.score([asked.question(history, candidates, user)])[0]
 
@@ -454,6 +455,7 @@ class Recommender:
         Raises:
             DataError: the adapter predicts ratings.
         """
+        check_list(candidates, "candidates")
         asked = self._adapter(adapter)
         return asked.probability(asked.question(history, candidates, user))
 

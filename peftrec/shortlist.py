@@ -11,7 +11,7 @@ docs/features.md has the figures, and docs/decisions/015 the reasons.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -117,7 +117,7 @@ class Shortlister:
         candidates = question.candidates
 
         def score(rows: Rows) -> Floats:
-            part = Question(question.events, [candidates[row] for row in rows.tolist()], question.user)
+            part = replace(question, candidates=[candidates[row] for row in rows.tolist()])
             return asked.score([part])[0]
 
         with scorer.continued_histories():
@@ -142,9 +142,9 @@ class Shortlister:
         model: Any = asked.model if base is None else base.model
         told = [] if base is None else embeddings.made_by(base)
         name = asked.artifact.base_model.name
-        return Embedder(
-            model, asked.codec.tokenizer, asked.prompt.kind, told, Reading(layer=layer, normalize=False), name=name
-        )
+        # An item is shorter than the whole prompt, and a prompt fits the model.
+        reading = Reading(layer=layer, normalize=False, max_tokens=min(Reading.max_tokens, asked.prompt.max_tokens))
+        return Embedder(model, asked.codec.tokenizer, asked.prompt.kind, told, reading, name=name)
 
 
 def _check(how: Shortlist, k: int) -> None:

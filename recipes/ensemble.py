@@ -14,15 +14,18 @@ from pathlib import Path
 
 from peftrec import config, report
 from peftrec.ensemble import average_predictions
-from peftrec.errors import as_one_line
+from peftrec.errors import DataError, as_one_line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, two or more")
     runs = parser.parse_args().runs
-    recipe = config.load_recipe(runs[0] / "config.yaml")
-    found = report.compare_predictions(average_predictions(runs), recipe)
+    recipes = [config.load_recipe(run / "config.yaml") for run in runs]
+    if len({recipe.task for recipe in recipes}) > 1:
+        tasks = ", ".join(recipe.task for recipe in recipes)
+        raise DataError(f"{', '.join(map(str, runs))}: their tasks are {tasks}; expected runs of one task")
+    found = report.compare_predictions(average_predictions(runs), recipes[0])
     print(replace(found, knew=f"mean of the scores of {len(runs)} runs. {found.knew}").table())
 
 

@@ -197,6 +197,11 @@ def side_words(plan: Plan, name: str, path: Path, rest: Sequence[str]) -> list[s
             f"{file}: task {recipe.task} with score.prior {recipe.score.prior}; expected clicks without a prior, which "
             "would hide what the language model knows; set them in the config"
         )
+    if (recipe.eval.history, recipe.eval.ties) != ("streaming", "isolate"):
+        raise ConfigError(
+            f"{file}: eval.history {recipe.eval.history}, eval.ties {recipe.eval.ties}; what counts beside the model "
+            "knows streaming and isolate; leave them out"
+        )
     if recipe.score.calibration != "none":
         raise ConfigError(f"{file}: score.calibration; scores are compared as the model gives them; leave it out")
     if recipe.train.teachers:

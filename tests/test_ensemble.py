@@ -105,6 +105,16 @@ def test_the_recipe_measures_the_mean_beside_each_run(
     assert re.search(r"^run 1 +0\.500", told, re.M)
     assert re.search(r"^run 2 +0\.750", told, re.M)
     assert "mean of the scores of 2 runs." in told
+    for runs, line in ((["a"], "expected two or more different runs"), (["a", "a"], "two or more different runs")):
+        monkeypatch.setattr(sys, "argv", [recipe, *(str(tmp_path / run) for run in runs)])
+        with pytest.raises(SystemExit):
+            runpy.run_path(recipe, run_name="__main__")
+        assert line in capsys.readouterr().err
+    (tmp_path / "b/config.yaml").write_text("task: rating\ndata: {name: ml-100k}\noutput_dir: x\n")
+    monkeypatch.setattr(sys, "argv", [recipe, str(tmp_path / "a"), str(tmp_path / "b")])
+    with pytest.raises(SystemExit):
+        runpy.run_path(recipe, run_name="__main__")
+    assert "their tasks are click, rating; expected runs of one task" in capsys.readouterr().err
 
 
 def test_adapters_of_one_base_model_answer_together(tiny_llama_folder: Path, tmp_path: Path) -> None:
@@ -119,3 +129,22 @@ def test_adapters_of_one_base_model_answer_together(tiny_llama_folder: Path, tmp
     assert np.abs(alone[0] - alone[1]).max() > 1e-3
     best = together.rank(history, films, k=1)[0][0]
     assert best == films[int(np.argmax(np.mean(alone, axis=0)))]
+    for k in (0, -1, True):
+        with pytest.raises(DataError, match="expected a whole number from 1"):
+            together.rank(history, films, k=k)
+    assert len(together.rank(history, films, k=np.int64(2))) == 2
+
+
+def test_members_are_loaded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A revision is one of all members, and so is what they are forgiven."""
+    asked: list[dict[str, Any]] = []
+
+    def load_adapter(adapter: str, name: str, **options: Any) -> None:
+        asked.append(options)
+        raise ModelError("enough")
+
+    first = SimpleNamespace(adapters={"default": None}, load_adapter=load_adapter)
+    monkeypatch.setattr(Recommender, "from_pretrained", lambda adapter, **options: first)
+    with pytest.raises(ModelError, match="enough"):
+        Ensemble.from_pretrained(["a/b", "c/d"], revision="v1", strict=False, dtype="float32")
+    assert asked == [{"revision": "v1", "strict": False}]

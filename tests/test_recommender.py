@@ -150,7 +150,7 @@ def test_the_last_colon_splits() -> None:
         ([("Heat",)], r"history\[0\]"),
         ([{"title": "Heat"}], r"history\[0\]"),
         (["Heat:nan"], r"history\[0\]"),
-        ("Heat:yes", r"expected a list of entries"),
+        ("Heat:yes", r"expected a list; put it in a list"),
     ],
 )
 def test_bad_histories(history: Any, message: str) -> None:
@@ -176,6 +176,9 @@ def test_a_rating_needs_a_scale() -> None:
         ({"item_id": 12}, "Sabrina (1954)", 2),
         ({"title": "Sabrina", "year": 1995}, "Sabrina (1995)", 3),
         ({"item_id": 11, "title": "Toy Story 1"}, "Toy Story 1 (1995)", 1),
+        ({"title": "toy story (1995)"}, "Toy Story (1995)", 1),  # the table says how a title is written
+        ({"title": "Toy Story (1995)", "year": 1995}, "Toy Story (1995)", 1),
+        ({"title": "Fargo (1996)", "year": 1996}, "Fargo (1996)", None),
         ("Fargo (1996)", "Fargo (1996)", None),
         ({"title": "Fargo", "year": 1996}, "Fargo (1996)", None),
         ({"title": "Fargo", "year": 1996, "item_id": 99}, "Fargo (1996)", None),
@@ -186,6 +189,15 @@ def test_items(entry: Any, text: str, row: int | None) -> None:
     assert (found.text, found.row) == (text, row)
     if row is not None:
         assert found.item_id == FILMS["item_id"][row]
+
+
+def test_a_title_of_another_encoding_is_named() -> None:
+    catalogue = Catalogue(FILMS, "{title}")
+    for entry in ("caf\udce9", {"title": "caf\udce9"}):
+        with pytest.raises(
+            DataError, match=r"^here: 'caf\\udce9' is not UTF-8; expected a title or an item id in UTF-8$"
+        ):
+            catalogue.find(entry, "here")
 
 
 def test_titles_that_carry_their_year() -> None:

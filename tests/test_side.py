@@ -468,6 +468,9 @@ def test_people_are_told_by_their_vector(tiny_llama_folder: Path, tmp_path: Path
         for user in (None, {"vector": vectors[0].tolist()}, {"vector": vectors[1].tolist()})
     )
     assert len({round(float(score[0]), 3) for score in (plain, one, two)}) == 3
+    best = recommender.rank([("i0", 1)], k=2, user={"vector": vectors[1].tolist()}, shortlist=4)
+    exact = recommender.score([("i0", 1)], [film.item_id for film in best], {"vector": vectors[1].tolist()})
+    np.testing.assert_allclose([film.score for film in best], exact, **CLOSE)
     with pytest.raises(DataError, match=r"user: a vector of shape \(2,\); expected 3 finite numbers"):
         recommender.score([], ["i1"], {"vector": [1, 2]})
     with pytest.raises(DataError, match=r"user: {'age': 3}; this adapter knows people by a vector"):

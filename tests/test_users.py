@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,10 @@ def test_a_served_adapter_asks_the_same(
         assert text == score
         differences.append(abs(score - recommender.score(history, [f"i{log.item[row]}"])[0]))
     assert max(differences) > 0.01
+    told = recommender.score(history, ["i1"], MappingProxyType(person))
+    np.testing.assert_array_equal(told, recommender.score(history, ["i1"], person))
+    with pytest.raises(DataError, match="user: a Series; expected a dict of columns, or the text"):
+        recommender.score(history, ["i1"], pl.Series([30]))
     best = recommender.rank(history, k=8, exclude_seen=False, user=person)
     ids = [one.item_id for one in best]
     np.testing.assert_allclose([one.score for one in best], recommender.score(history, ids, person), atol=1e-5)

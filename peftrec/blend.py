@@ -107,11 +107,11 @@ class BlendedPrior:
             if set(found) != {NAME, *names} or found[NAME] != 1:
                 raise ValueError(f"keys {sorted(found)}")
             weights = tuple(_number(one) for one in found["weights"])
-            bounds = found["bounds"] and tuple(_number(one) for one in found["bounds"])
-            if len(weights) != len(WEIGHTS) or (bounds and not (len(bounds) == 2 and bounds[0] < bounds[1])):
+            bounds = None if found["bounds"] is None else tuple(_number(one) for one in found["bounds"])
+            if len(weights) != len(WEIGHTS) or (bounds is not None and (len(bounds) != 2 or bounds[0] >= bounds[1])):
                 raise ValueError("weights or bounds of another number")
             expected = {str(item): _number(one) for item, one in found["expected"].items()}
-            return cls(weights, _number(found["mean"]), expected, bounds or None, inner(json.dumps(found["prior"])))
+            return cls(weights, _number(found["mean"]), expected, bounds, inner(json.dumps(found["prior"])))
         except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
             raise ModelError(
                 f"prior: {error}; expected {NAME} 1 and {', '.join(names)}; fetch the adapter again"
@@ -255,12 +255,14 @@ def _order(told: Floats, of_item: Floats, answer: Floats, user: npt.NDArray[Any]
 
 
 def _pairs(rows: npt.NDArray[np.int64], answer: Floats) -> npt.NDArray[np.int64]:
-    """A liked row beside one that is not (k, 2), of one person: all pairs, or as many, evenly spread."""
+    """A liked row beside one that is not (k, 2), of one person: all, or so many, spread evenly over both kinds."""
     liked, other = rows[answer == 1], rows[answer != 1]
-    every = len(liked) * len(other)
-    place = np.linspace(0, every - 1, min(every, _MOST_PAIRS)).astype(np.int64)
-    width = max(len(other), 1)
-    return np.stack([liked[place // width], other[place % width]], axis=1)
+    if len(liked) * len(other) <= _MOST_PAIRS:
+        return np.stack([np.repeat(liked, len(other)), np.tile(other, len(liked))], axis=1)
+    place = np.arange(_MOST_PAIRS)
+    # A stride of 29 fiftieths visits every fiftieth of the others once, and never beside its neighbour.
+    apart = place * 29 % _MOST_PAIRS
+    return np.stack([liked[place * len(liked) // _MOST_PAIRS], other[apart * len(other) // _MOST_PAIRS]], axis=1)
 
 
 def _level(told: Floats, means: Floats, answer: Floats, clicks: bool) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -68,8 +68,8 @@ def read_items(source: Any, columns: Mapping[str, str] | None = None) -> pl.Data
     kept = [name for name in frame.columns if name not in names and name not in names.values()]
     frame = frame.select(*kept, **{ours: pl.col(theirs) for ours, theirs in names.items()})
     frame = frame.with_columns(tables.parse_ids(frame["item_id"], where, "item_id").alias("item_id"))
-    shown = [column for name in frame.columns if (column := tables.showable(frame[name])) is not None]
-    frame = pl.DataFrame(shown)
+    ids, rest = frame["item_id"], [tables.showable(frame[name]) for name in frame.columns if name != "item_id"]
+    frame = pl.DataFrame([ids, *(column for column in rest if column is not None)])
     if "title" in frame.columns:  # as in training, where an item without title does not exist
         frame = frame.with_columns(pl.col("title").cast(pl.String))
         frame = frame.filter(pl.col("title").str.strip_chars().fill_null("") != "")
@@ -134,17 +134,18 @@ class Catalogue:
     def _from_dict(self, entry: Mapping[str, Any], where: str) -> Item:
         row: int | None = None
         told = dict(entry)
-        if isinstance(entry.get("title"), str):
-            _check_text(entry["title"], where)
+        for value in told.values():
+            if isinstance(value, str):
+                _check_text(value, where)
         if entry.get("item_id") is not None:
             row = self._rows.get(str(entry["item_id"]))
         elif isinstance(entry.get("title"), str):
             row = self._row_of_title(self._with_year(entry), where)
             if row is not None:  # the title said which one; the table says how it is written
                 del told["title"]
-            elif entry.get("year") is not None and "year" in self._fields:
-                told["title"] = YEAR.sub("", entry["title"])
         values = {**(self.items.row(row, named=True) if self.items is not None and row is not None else {}), **told}
+        if isinstance(told.get("title"), str) and "year" in self._fields and values.get("year") is not None:
+            values["title"] = YEAR.sub("", told["title"])
         if all(values.get(name) is not None for name in self._fields) or row is not None:
             given = {name: [values.get(name)] for name in dict.fromkeys([*self._fields, "item_id"])}
             text = item_texts(pl.DataFrame(given, strict=False), self.template)[0]
@@ -257,7 +258,7 @@ def check_list(given: Any, what: str) -> None:
     Raises:
         DataError: there is none.
     """
-    if given is None or isinstance(given, (str, Mapping, Set)):
+    if given is None or isinstance(given, (str, Mapping, set, frozenset)):
         raise DataError(f"{what}: {given!r}; expected a list; put it in a list")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from peftrec import adapters, artifact, backbone, config, heads, hub, quantized, scorer, side, values
@@ -149,6 +150,8 @@ def load_base(
     if device is not None:
         try:
             loaded.model.to(device)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(f"device: {device!r} has too little memory for {wanted.name}; load it in 4bit") from error
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ModelError(

@@ -50,7 +50,10 @@ def prior_from_json(task: Literal["click", "rating"], text: str) -> SavedPrior:
         ModelError: the text is none.
     """
     if f'"{blend.NAME}"' in text[:20]:
-        return BlendedPrior.from_json(text, partial(prior_from_json, task))
+        blended = BlendedPrior.from_json(text, partial(prior_from_json, task))
+        if (blended.bounds is None) is not (task == "click") or isinstance(blended.prior, BlendedPrior):
+            raise ModelError(f"prior: a blend of another kind than one for {task}; fetch the adapter again")
+        return blended
     if f'"{bpmf.NAME}"' in text[:20]:
         prior = BpmfPrior.from_json(text)
         if (prior.log_odds is None) is (task == "click"):
@@ -117,7 +120,7 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
         saved = _loadable(bayes.prior) if kind == bpmf.NAME else saved
     prior = None if kind == "none" else found[kind]
     if blends and prior is not None and saved is not None:
-        blended = blend.predict(
+        mixed = blend.predict(
             log,
             evaluation.history,
             evaluation.ties,
@@ -125,8 +128,8 @@ def measure(log: Log, recipe: Recipe, items: History | None = None) -> Opponents
             (prior, saved),
             clicks=recipe.task == "click",
         )
-        prior, saved = blended.scores, blended.prior
-        found, settings = {**found, blend.NAME: prior}, {**settings, blend.NAME: blended.settings}
+        prior, saved = mixed.scores, mixed.prior
+        found, settings = {**found, blend.NAME: prior}, {**settings, blend.NAME: mixed.settings}
     others = classical.predict(log, evaluation.baselines, evaluation.history, evaluation.ties, recipe.task, recipe.seed)
     found, settings = {**found, **others.scores}, {**settings, **dict(others.settings)}
     if boosting.NAME in wanted and (log.item >= 0).any():

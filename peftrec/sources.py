@@ -28,6 +28,8 @@ OF_EVENTS = ("user_id", "item_id", "title", "rating", "label", "timestamp")
 """All that is read of a table of events, the splits of its rows apart."""
 ITEMS, USERS = ("item_id", "title"), ("user_id",)
 """Columns that the two tables beside the events must have, the id first."""
+UNITS = {10**3: "milliseconds", 10**6: "microseconds", 10**9: "nanoseconds"}
+"""What `tables.unit_of_time` finds -> its name."""
 
 
 def with_known(data: Data) -> Data:
@@ -86,7 +88,7 @@ def check(
         except DataError as error:
             problems.append(str(error))
     if problems:
-        raise DataError("\n".join(problems))
+        raise DataError("\n".join(dict.fromkeys(problems)))  # a missing file is missed by whoever looks into it
 
 
 # --- what can be told from the first rows -----------------------------------------------------------------------------
@@ -123,12 +125,16 @@ def _check_renames(data: Data) -> None:
     Tables of items and users may have columns of any name. What lies on the Hub is not asked.
     """
     files = [file for file in (data.items, data.users) if file is not None]
-    if any(map(tables.on_hub, files)):
+    elsewhere = {
+        ours: theirs
+        for ours, theirs in data.columns.items()
+        if ours not in OF_EVENTS or (ours == "title" and data.items)
+    }
+    if not elsewhere or any(map(tables.on_hub, files)):
         return
     found = [name for file in files for name in tables.column_names(tables.scan(file), file)]
-    for ours, theirs in data.columns.items():
-        of_events = ours in OF_EVENTS and not (ours == "title" and data.items)
-        if not of_events and theirs not in found:
+    for ours, theirs in elsewhere.items():
+        if theirs not in found:
             near = get_close_matches(ours, OF_EVENTS, n=1)
             todo = f"did you mean data.columns.{near[0]}?" if near and near[0] != ours else "mend it or remove it"
             where = " or ".join(files) or "a table of items or users, of which there is none"
@@ -309,6 +315,12 @@ def _with_times(raw: pl.DataFrame, where: str, data: Data, warnings: list[str]) 
     if "timestamp" not in raw.columns:
         warnings.append(f"{where}: no timestamps: rows are taken to be in order of time")
         return raw
+    if raw["timestamp"].dtype.is_numeric() or raw["timestamp"].dtype == pl.String:
+        finer = tables.whole_numbers(raw["timestamp"])
+        if (unit := tables.unit_of_time(finer)) > 1:
+            warnings.append(f"{where}: timestamps are too large for seconds: they are taken for {UNITS[unit]}")
+            # Within a second rows keep their order: it is to be that of time.
+            raw = raw.sort(finer, nulls_last=True, maintain_order=True)
     seconds = tables.parse_seconds(raw["timestamp"], where)
     if missing := seconds.null_count():
         row = int(seconds.is_null().arg_max() or 0) + 1

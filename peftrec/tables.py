@@ -351,39 +351,55 @@ def parse_labels(column: pl.Series, where: str, name: str = "label") -> pl.Serie
 def parse_seconds(column: pl.Series, where: str, name: str = "timestamp") -> pl.Series:
     """Times as whole seconds (Int64), missing ones left null.
 
-    Numbers are seconds since 1970; a column with one too large for that is of milli-, micro- or nanoseconds. Fractions
-    are cut off. Dates, datetimes and ISO 8601 text count from 1970 in UTC; a time without zone is taken as UTC.
+    Numbers are seconds since 1970, or milli-, micro- or nanoseconds where all are too large for seconds. Fractions are
+    cut off. Dates, datetimes and ISO 8601 text count from 1970 in UTC; a time without zone is taken as UTC.
 
     Raises:
-        DataError: If a value is neither missing nor a time.
+        DataError: If a value is neither missing nor a time, or numbers are of different units.
     """
-    expected = "seconds since 1970, or an ISO date such as 2024-05-31T18:00:00Z"
+    expected = "seconds since 1970 (or, all of them, milli-, micro- or nanoseconds), or an ISO date such as 2024-05-31"
     if column.dtype == pl.Date:
         return column.cast(pl.Datetime("us")).dt.epoch("s")
     if column.dtype == pl.Datetime:
         return column.dt.epoch("s")
-    iso = None
-    if column.dtype.is_float():
-        seconds = column.floor().cast(pl.Int64, strict=False)
-    elif column.dtype == pl.String or column.dtype.is_integer():
-        seconds = column.cast(pl.Int64, strict=False)
-        if seconds.null_count() > column.null_count():  # whole seconds are the common case; only others pay for this
-            seconds = seconds.fill_null(column.cast(pl.Float64, strict=False).floor().cast(pl.Int64, strict=False))
-            iso = _iso_seconds(column) if column.dtype == pl.String else None
-    else:
+    if not (column.dtype.is_numeric() or column.dtype == pl.String):
         raise DataError(f"{where}: {name} has the type {column.dtype}; expected {expected}")
-    seconds = seconds // _units_of_a_second(seconds)
-    if iso is not None:
-        seconds = seconds.fill_null(iso)
+    numbers = whole_numbers(column)
+    unit = unit_of_time(numbers)
+    size = numbers.abs()
+    refuse(where, name, column, size >= _MOST_SECONDS if unit == 0 else (size > 0) & (size < _earliest(unit)), expected)
+    seconds = numbers // unit
+    if column.dtype == pl.String and seconds.null_count() > column.null_count():
+        seconds = seconds.fill_null(_iso_seconds(column))
     missing = column.is_null() | column.is_nan() if column.dtype.is_float() else column.is_null()
     refuse(where, name, column, seconds.is_null() & ~missing, expected)
     return seconds
 
 
-def _units_of_a_second(times: pl.Series) -> int:
-    """One for seconds; a thousand, a million or a milliard where the largest would be beyond the year 5000."""
-    largest = max(abs(int(times.max() or 0)), abs(int(times.min() or 0)))  # type: ignore[arg-type]
-    return next(unit for unit in (1, 10**3, 10**6, 10**9) if largest // unit < _MOST_SECONDS)
+def whole_numbers(column: pl.Series) -> pl.Series:
+    """Numbers, also such in text, cut to whole ones (Int64); null where there is none."""
+    if column.dtype.is_float():
+        return column.floor().cast(pl.Int64, strict=False)
+    numbers = column.cast(pl.Int64, strict=False)
+    if numbers.null_count() > column.null_count():  # whole numbers are the common case; only others pay for this
+        numbers = numbers.fill_null(column.cast(pl.Float64, strict=False).floor().cast(pl.Int64, strict=False))
+    return numbers
+
+
+def unit_of_time(numbers: pl.Series) -> int:
+    """Units of a second in which such times are told, by the largest: 1, 10**3, 10**6 or 10**9; 0 if in none.
+
+    Seconds reach to the year 5138, smaller units from 1973 to 2286. A date written as digits (20240531180000) is none.
+    """
+    largest = max((abs(int(one)) for one in (numbers.max(), numbers.min()) if one is not None), default=0)  # type: ignore[arg-type]
+    if largest < _MOST_SECONDS:
+        return 1
+    return next((unit for unit in (10**3, 10**6, 10**9) if _earliest(unit) <= largest < 100 * _earliest(unit)), 0)
+
+
+def _earliest(unit: int) -> int:
+    """The first number that is taken for a time in this unit."""
+    return 0 if unit == 1 else 10**8 * unit
 
 
 def _iso_seconds(column: pl.Series) -> pl.Series:

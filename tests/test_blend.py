@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 from conftest import random_log
 from sklearn.metrics import roc_auc_score
 
-from peftrec import baselines, blend, opponents
+from peftrec import baselines, blend, opponents, rating_baselines
 from peftrec.blend import BlendedPrior
 from peftrec.config import parse_recipe
 from peftrec.errors import ConfigError, ModelError
@@ -149,11 +148,14 @@ def test_pairs_of_one_person_are_spread_evenly() -> None:
     pairs = blend._pairs(rows, answer).tolist()
     assert pairs == [[10, 11], [10, 13], [10, 14], [12, 11], [12, 13], [12, 14]]
     assert blend._pairs(rows, np.ones(5)).shape == (0, 2)
-    many = blend._pairs(np.arange(200), np.arange(200) % 2.0)
-    assert many.shape == (50, 2)
-    assert (many[:, 0] % 2 == 1).all()
-    assert (many[:, 1] % 2 == 0).all()
-    assert len(np.unique(many[:, 0])) == 50
+    for likes in (48, 49, 50, 98):
+        answer = np.arange(likes + 60) < likes
+        many = blend._pairs(np.arange(likes + 60), answer.astype(float))
+        assert many.shape == (50, 2)
+        assert answer[many[:, 0]].all()
+        assert not answer[many[:, 1]].any()
+        assert len(np.unique(many[:, 0])) == min(likes, 50)
+        assert len(np.unique(many[:, 1])) == 50
 
 
 @pytest.mark.parametrize(
@@ -164,6 +166,8 @@ def test_pairs_of_one_person_are_spread_evenly() -> None:
         {"weights": None},
         {"bounds": [5, 1]},
         {"bounds": 3},
+        {"bounds": 0},
+        {"bounds": False},
         {"expected": {"7": "high"}},
         {"expected": [1]},
         {"mean": None},
@@ -193,7 +197,21 @@ def test_drawn_negatives_are_no_answers() -> None:
         )
 
 
+@pytest.mark.parametrize(("task", "bounds"), [("rating", None), ("click", (1.0, 5.0))])
+def test_a_blend_of_the_other_task_is_refused(task: Any, bounds: tuple[float, float] | None) -> None:
+    inner = rating_baselines.RatingPrior(3.0, {}, 1.0, 1.0, (1.0, 5.0)) if task == "rating" else PLAIN
+    text = BlendedPrior(WEIGHTS, 0.8, {"7": 0.5}, bounds, inner).to_json()
+    with pytest.raises(ModelError, match=f"prior: a blend of another kind than one for {task}"):
+        opponents.prior_from_json(task, text)
+
+
+def test_a_blend_of_a_blend_is_refused() -> None:
+    inner = BlendedPrior(WEIGHTS, 0.8, {}, None, PLAIN)
+    with pytest.raises(ModelError, match="prior: a blend of another kind"):
+        opponents.prior_from_json("click", replace(inner, prior=inner).to_json())
+
+
 def test_the_other_prior_is_read_by_its_task() -> None:
     text = BlendedPrior(WEIGHTS, 0.8, {"7": 0.5}, (1.0, 5.0), PLAIN).to_json()
-    with pytest.raises(ModelError):
-        BlendedPrior.from_json(text, partial(opponents.prior_from_json, "rating"))
+    with pytest.raises(ModelError, match=r"^prior: "):
+        opponents.prior_from_json("rating", text)

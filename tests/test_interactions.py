@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftrec import interactions, sources
+from peftrec.catalogue import read_items
 from peftrec.config import Data, Split
 from peftrec.draws import drawn_order
 from peftrec.errors import DataError
@@ -236,6 +237,33 @@ def test_a_liking_that_tells_no_ratings_apart_is_refused(write: Any, like_at: fl
         DataError, match=rf"data\.like_at: {like_at}; ratings go from 1 to 5, so that .* would be liked"
     ):
         split_log(found, TIMELESS, 1)
+
+
+def test_what_happened_within_a_second_keeps_its_order(write: Any) -> None:
+    rows = changed(
+        user_id=["a"] * 4,
+        item_id=[10, 20, 10, 30],
+        rating=[5.0, 5.0, 1.0, 1.0],
+        timestamp=[1_700_000_000_000 + more for more in (900, 100, 300, 5000)],
+    )
+    found = load(write(rows))
+    assert "timestamps are too large for seconds: they are taken for milliseconds" in found.warnings[0]
+    # The later answer of the two to one item stays, behind that to the other.
+    assert found.items["item_id"].gather(found.events["item"]).to_list() == [20, 10, 30]
+    assert found.events["label"].to_list() == [1, 1, 0]
+    assert found.events["timestamp"].to_list() == [1_700_000_000] * 2 + [1_700_000_005]
+
+
+def test_ids_are_served_as_they_were_trained(write: Any, tmp_path: Path) -> None:
+    """A CSV that pandas wrote."""
+    ids = ["1.0", "2.0", "3.0"]
+    data = write(
+        changed(item_id=["1.0", "1.0", "2.0", "3.0"]), {**ITEMS, "item_id": ids, "year": ["1995.0", None, None]}
+    )
+    assert load(data).items["item_id"].to_list() == ids
+    served = read_items(data.items)
+    assert served["item_id"].to_list() == ids
+    assert served["year"].to_list() == ["1995", None, None]
 
 
 def test_titles_of_any_type_that_text_can_stand_for(tmp_path: Path) -> None:

@@ -179,6 +179,8 @@ def test_a_rating_needs_a_scale() -> None:
         ({"title": "toy story (1995)"}, "Toy Story (1995)", 1),  # the table says how a title is written
         ({"title": "Toy Story (1995)", "year": 1995}, "Toy Story (1995)", 1),
         ({"title": "Fargo (1996)", "year": 1996}, "Fargo (1996)", None),
+        ({"item_id": 99, "title": "Fargo (1996)", "year": 1996}, "Fargo (1996)", None),
+        ({"item_id": 11, "title": "Toy Story (1995)"}, "Toy Story (1995)", 1),
         ("Fargo (1996)", "Fargo (1996)", None),
         ({"title": "Fargo", "year": 1996}, "Fargo (1996)", None),
         ({"title": "Fargo", "year": 1996, "item_id": 99}, "Fargo (1996)", None),
@@ -193,7 +195,7 @@ def test_items(entry: Any, text: str, row: int | None) -> None:
 
 def test_a_title_of_another_encoding_is_named() -> None:
     catalogue = Catalogue(FILMS, "{title}")
-    for entry in ("caf\udce9", {"title": "caf\udce9"}):
+    for entry in ("caf\udce9", {"title": "caf\udce9"}, {"title": "caf", "year": "caf\udce9"}):
         with pytest.raises(
             DataError, match=r"^here: 'caf\\udce9' is not UTF-8; expected a title or an item id in UTF-8$"
         ):

@@ -224,6 +224,19 @@ def test_numbers_too_large_for_seconds_are_of_a_smaller_unit(unit: int, kind: An
     assert tables.parse_seconds(column, "t").to_list() == times
 
 
+@pytest.mark.parametrize(
+    ("times", "row"),
+    [
+        ([1_700_000_000, 1_700_000_000_000], 1),  # seconds among milliseconds
+        ([1_700_000_000_000, 978_300_760], 2),
+        ([20_240_531_180_000], 1),  # digits of a date
+    ],
+)
+def test_times_of_several_units_or_none_are_refused(times: list[int], row: int) -> None:
+    message = one_line(tables.parse_seconds, pl.Series(times), "t")
+    assert message.startswith(f"t: timestamp in row {row} is {times[row - 1]}; expected seconds since 1970 (or, all of")
+
+
 def test_a_number_beyond_64_bits_is_no_time() -> None:
     message = one_line(tables.parse_seconds, pl.Series([1, 2**64 - 1], dtype=pl.UInt64), "t")
     assert message.startswith("t: timestamp in row 2 is 18446744073709551615; expected seconds since 1970")

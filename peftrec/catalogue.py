@@ -68,8 +68,9 @@ def read_items(source: Any, columns: Mapping[str, str] | None = None) -> pl.Data
     kept = [name for name in frame.columns if name not in names and name not in names.values()]
     frame = frame.select(*kept, **{ours: pl.col(theirs) for ours, theirs in names.items()})
     frame = frame.with_columns(tables.parse_ids(frame["item_id"], where, "item_id").alias("item_id"))
-    ids, rest = frame["item_id"], [tables.showable(frame[name]) for name in frame.columns if name != "item_id"]
-    frame = pl.DataFrame([ids, *(column for column in rest if column is not None)])
+    # Ids are what they are: whatever is shown otherwise would be another one.
+    shown = [frame[name] if name == "item_id" else tables.showable(frame[name]) for name in frame.columns]
+    frame = pl.DataFrame([column for column in shown if column is not None])
     if "title" in frame.columns:  # as in training, where an item without title does not exist
         frame = frame.with_columns(pl.col("title").cast(pl.String))
         frame = frame.filter(pl.col("title").str.strip_chars().fill_null("") != "")

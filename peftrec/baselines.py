@@ -42,8 +42,8 @@ RANKING_ONLY = ("popularity",)
 _ITEM_GRID = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 40.0)
 _USER_GRID = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
 # No count proves a probability beyond these.
-_LOWEST, _HIGHEST = 0.02, 0.98
-_BOUND = math.log(_HIGHEST / _LOWEST)
+LOWEST, HIGHEST = 0.02, 0.98
+_BOUND = math.log(HIGHEST / LOWEST)
 _ALL = slice(None)
 _NEWTON_STEPS = 25
 _LEAST_STEP = 1e-9
@@ -103,8 +103,8 @@ def predict(
     user_gap, user_variance = known.user_sums(shrinkage.item)
     scores = {
         "global_mean": known.means.log_odds,
-        "item_mean": _logit(known.item_chance(shrinkage.item_mean)),
-        "bias": _bias(_logit(known.item_chance(shrinkage.item)), user_gap, user_variance, shrinkage.user),
+        "item_mean": logit(known.item_chance(shrinkage.item_mean)),
+        "bias": _bias(logit(known.item_chance(shrinkage.item)), user_gap, user_variance, shrinkage.user),
         "popularity": known.item_events,
     }
     return Predictions(scores, shrinkage)
@@ -179,10 +179,10 @@ def fit_prior(log: Log, shrinkage: Shrinkage | None = None) -> Prior:
     mean = _smoothed(log.label[train].sum(dtype=np.float64), int(train.sum()))
     with_item = train & (log.item >= 0)
     likes, events = _item_totals(log, with_item)
-    effects = _logit(_shrunk(likes, events, mean, shrinkage.item)) - _logit(mean)
+    effects = logit(_shrunk(likes, events, mean, shrinkage.item)) - logit(mean)
     ids = log.items.get_column("item_id").to_list() if len(log.items) else []
     items = {str(ids[code]): float(effects[code]) for code in np.flatnonzero(events)}
-    return Prior(float(_logit(mean)), items, shrinkage.user)
+    return Prior(float(logit(mean)), items, shrinkage.user)
 
 
 class Earlier:
@@ -267,7 +267,7 @@ class _Means:
         one_key = np.zeros(len(log.label), dtype=np.int8)
         everything = Known(one_key, log.timestamp, log.split == 0, items_known(history))
         self.chance = _smoothed(everything.sum(log.label), everything.sum(np.ones(len(log.label), dtype=np.int8)))
-        self.log_odds = _logit(self.chance)
+        self.log_odds = logit(self.chance)
 
 
 class _Effects:
@@ -323,7 +323,7 @@ class _Effects:
         liked = self._log.label[valid] == 1
         item_means, biases = {}, {}
         for item in _ITEM_GRID:
-            log_odds = _logit(self.item_chance(item, valid))
+            log_odds = logit(self.item_chance(item, valid))
             item_means[item] = _log_loss(liked, log_odds)
             gap, variance = (sums[valid[self._held]] for sums in self._held_user_sums(item))
             for user in _USER_GRID:
@@ -352,15 +352,16 @@ def _item_totals(log: Log, rows: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]
 
 def _smoothed(likes: Any, events: Any) -> Any:
     """Share of likes after one like and one dislike that nobody gave, so that the first rows have one too."""
-    return np.clip((likes + 1.0) / (events + 2.0), _LOWEST, _HIGHEST)
+    return np.clip((likes + 1.0) / (events + 2.0), LOWEST, HIGHEST)
 
 
 def _shrunk(likes: Floats, events: Floats, mean: Any, shrinkage: float) -> Floats:
-    chance: Floats = np.clip((likes + shrinkage * mean) / (events + shrinkage), _LOWEST, _HIGHEST)
+    chance: Floats = np.clip((likes + shrinkage * mean) / (events + shrinkage), LOWEST, HIGHEST)
     return chance
 
 
-def _logit(chance: Any) -> Any:
+def logit(chance: Any) -> Any:
+    """Log-odds of chances strictly between 0 and 1."""
     return np.log(chance) - np.log1p(-chance)
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from peftrec.baselines import History, Known, Ties, items_known, logistic
+from peftrec.baselines import HIGHEST, LOWEST, History, Known, Ties, items_known, logistic, logit
 from peftrec.errors import ModelError
 from peftrec.people import held_people, training_people
 
@@ -38,7 +38,6 @@ WINDOWS = (3, 10, 30)
 WEIGHTS = ("intercept", "prior", "item", *(f"last_{window}" for window in WINDOWS), "all", "all_shrunk")
 _LITTLE, _MUCH = 5.0, 20.0  # events that were as expected
 _ITEM_SHRINKAGE = 5.0  # events at the mean of all
-_LOWEST, _HIGHEST = 0.02, 0.98  # no count proves a chance beyond these
 _MOST_PAIRS = 50  # of a person
 _LARGEST = 1e6  # of what a saved prior may hold: far beyond any fit, and small enough that no sum overflows
 
@@ -222,8 +221,7 @@ def _in_units(expected: Floats, clicks: bool) -> Floats:
     """Expected answers in the units of the scores."""
     if not clicks:
         return expected
-    chance = np.clip(expected, _LOWEST, _HIGHEST)
-    odds: Floats = np.log(chance) - np.log1p(-chance)
+    odds: Floats = logit(np.clip(expected, LOWEST, HIGHEST))
     return odds
 
 

@@ -30,6 +30,8 @@ ITEMS, USERS = ("item_id", "title"), ("user_id",)
 """Columns that the two tables beside the events must have, the id first."""
 UNITS = {10**3: "milliseconds", 10**6: "microseconds", 10**9: "nanoseconds"}
 """What `tables.unit_of_time` finds -> its name."""
+FINER = "timestamp as told"
+"""A column beside the whole seconds, where times are told in parts of a second."""
 
 
 def with_known(data: Data) -> Data:
@@ -240,6 +242,8 @@ def _files(data: Data, task: Task | None, warnings: list[str]) -> tuple[str, pl.
         items = items.sort("item_id")
     else:
         items = _side_table(data.items, data.columns, ITEMS)
+    if FINER in raw.columns:  # within a second rows keep their order: it is to be that of time
+        events = events.sort(raw[FINER], nulls_last=True, maintain_order=True)
     return where, events, items
 
 
@@ -315,12 +319,6 @@ def _with_times(raw: pl.DataFrame, where: str, data: Data, warnings: list[str]) 
     if "timestamp" not in raw.columns:
         warnings.append(f"{where}: no timestamps: rows are taken to be in order of time")
         return raw
-    if raw["timestamp"].dtype.is_numeric() or raw["timestamp"].dtype == pl.String:
-        finer = tables.whole_numbers(raw["timestamp"])
-        if (unit := tables.unit_of_time(finer)) > 1:
-            warnings.append(f"{where}: timestamps are too large for seconds: they are taken for {UNITS[unit]}")
-            # Within a second rows keep their order: it is to be that of time.
-            raw = raw.sort(finer, nulls_last=True, maintain_order=True)
     seconds = tables.parse_seconds(raw["timestamp"], where)
     if missing := seconds.null_count():
         row = int(seconds.is_null().arg_max() or 0) + 1
@@ -331,7 +329,14 @@ def _with_times(raw: pl.DataFrame, where: str, data: Data, warnings: list[str]) 
             )
         warnings.append(f"{where}: {missing} rows have no timestamp: rows are taken to be in order of time")
         return raw.drop("timestamp")
-    return raw.with_columns(seconds.alias("timestamp"))
+    told = raw["timestamp"]
+    raw = raw.with_columns(seconds.alias("timestamp"))
+    if told.dtype.is_numeric() or told.dtype == pl.String:
+        numbers = tables.whole_numbers(told)
+        if (unit := tables.unit_of_time(numbers)) > 1:
+            warnings.append(f"{where}: timestamps are too large for seconds: they are taken for {UNITS[unit]}")
+            return raw.with_columns(numbers.alias(FINER))
+    return raw
 
 
 def _parse(

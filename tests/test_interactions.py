@@ -252,6 +252,7 @@ def test_what_happened_within_a_second_keeps_its_order(write: Any) -> None:
     assert found.items["item_id"].gather(found.events["item"]).to_list() == [20, 10, 30]
     assert found.events["label"].to_list() == [1, 1, 0]
     assert found.events["timestamp"].to_list() == [1_700_000_000] * 2 + [1_700_000_005]
+    assert "rating in row 1 is 'many'" in refused(write({**rows, "rating": ["many", "5", "1", "1"]}))  # of the file
 
 
 def test_ids_are_served_as_they_were_trained(write: Any, tmp_path: Path) -> None:
